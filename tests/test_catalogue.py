@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from convette._catalogue import STATES, catalogue
 from convette.errors import UsageError
 

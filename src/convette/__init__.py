@@ -44,8 +44,6 @@ _ROOMS = (
     "training",
 )
 
-__all__ = [*_PUBLIC, *_ROOMS]
-
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
@@ -56,4 +54,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_PUBLIC, *_ROOMS})
