@@ -1,0 +1,49 @@
+"""What mkdocs fills in while building: the table of systems, and each system's card and evidence."""
+
+import json
+import re
+from pathlib import Path
+
+from convette._catalogue import System, catalogue
+
+RESULTS = Path(__file__).parent.parent / "benchmarks/evidence/results"
+
+
+def on_page_markdown(markdown: str, page, config, files) -> str:
+    """Replace `<!-- systems -->`, `<!-- card: slug -->` and `<!-- evidence: slug -->` by what they stand for."""
+    markdown = markdown.replace("<!-- systems -->", _systems_table())
+    markdown = re.sub(r"<!-- card: ([\w-]+) -->", lambda found: _card(_find(found[1])), markdown)
+    return re.sub(r"<!-- evidence: ([\w-]+) -->", lambda found: _evidence(_find(found[1])), markdown)
+
+
+def _find(slug: str) -> System:
+    return next(system for system in catalogue() if system.slug == slug)
+
+
+def _arxiv(system: System) -> str:
+    return f"[arXiv {system.arxiv}](https://arxiv.org/abs/{system.arxiv})" if system.arxiv else "no arXiv id"
+
+
+def _systems_table() -> str:
+    lines = ["| system | room | kind | state | source |", "|---|---|---|---|---|"]
+    for system in catalogue():
+        name = f"[{system.name}]({system.docs.removeprefix('systems/')})" if system.docs else system.name
+        source = f"{system.first_author}, {system.year}, {_arxiv(system)}"
+        lines.append(f"| {name} | {system.room} | {system.kind} | {system.state} | {source} |")
+    return "\n".join(lines)
+
+
+def _card(system: System) -> str:
+    return f"*{system.title}*, {system.first_author} and others, {system.year}, {_arxiv(system)}. Name: `{system.symbol}`."
+
+
+def _evidence(system: System) -> str:
+    if system.evidence is None:
+        return "Not measured yet."
+    result = json.loads((RESULTS / system.evidence).read_text())
+    lines = [f"{result['summary']}", "", "| | " + " | ".join(result["columns"]) + " |"]
+    lines.append("|---" * (len(result["columns"]) + 1) + "|")
+    lines += [f"| {name} | " + " | ".join(str(value) for value in row) + " |" for name, row in result["rows"].items()]
+    machine, versions = result["machine"], result["versions"]
+    lines += ["", f"Command: `{result['command']}`, {result['seconds']:.0f} s on {machine}; {versions}."]
+    return "\n".join(lines)
