@@ -34,7 +34,9 @@ def _systems_table() -> str:
 
 
 def _card(system: System) -> str:
-    return f"*{system.title}*, {system.first_author} and others, {system.year}, {_arxiv(system)}. Name: `{system.symbol}`."
+    return (
+        f"*{system.title}*, {system.first_author} and others, {system.year}, {_arxiv(system)}. Name: `{system.symbol}`."
+    )
 
 
 def _evidence(system: System) -> str:
