@@ -1,5 +1,6 @@
 """Where a result came from: machine, versions, command. Every result file carries it."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -25,19 +26,22 @@ def provenance(seconds: float) -> dict:
 def machine() -> str:
     """Return processor, core count and memory in words, without the machine's name."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
-    return f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()} {platform.machine()}"
+    return f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()} {platform.machine()}"
 
 
 @cache
 def versions() -> str:
     """Return Python's and the main packages' versions as one line."""
-    parts = [f"Python {platform.python_version()}"]
+    return ", ".join(f"{name} {version}" for name, version in package_versions().items())
+
+
+def package_versions() -> dict[str, str]:
+    """Return Python's and the main packages' versions by name; packages that are not installed are left out."""
+    found = {"Python": platform.python_version()}
     for package in _PACKAGES:
-        try:
-            parts.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join(parts)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def command() -> str:
@@ -51,7 +55,8 @@ def command() -> str:
     return shlex.join([*words, *sys.argv[1:]])
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's name as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
