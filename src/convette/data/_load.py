@@ -1,0 +1,262 @@
+"""`load_data`: a source by name, looked at, decoded or streamed, split, described."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from convette.data._collect import decode_all, inspect
+from convette.data._decode import Frame, Header
+from convette.data._examples import NO_LABEL, BadImage, Examples, RawData, too_many_bad
+from convette.data._partition import carve
+from convette.data._preprocessing import Preprocessing
+from convette.data._splits import ImageSplit, MemorySplit, StreamedSplit
+from convette.data._statistics import channel_statistics
+from convette.data.sources import read_source
+from convette.errors import DataError, UsageError
+
+# Uniform images up to this side stay as they are; larger or mixed ones become squares of at most this side.
+LARGEST_SIDE = 224
+MEMORY_LIMIT = 4 * 1024**3
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A labelled image set, ready to train on: three splits of one shape, and what was found by looking.
+
+    `bad` are the images left out, `notes` what was decided without being asked, `fingerprint` a hash that tells two
+    sets (or two divisions of one) apart.
+    """
+
+    source: str
+    class_names: tuple[str, ...]
+    train: ImageSplit
+    validation: ImageSplit
+    test: ImageSplit
+    preprocessing: Preprocessing
+    bad: tuple[BadImage, ...] = ()
+    notes: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def with_preprocessing(
+        self, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> "ImageData":
+        """Return the same data, normalised by another mean and std (scale 0..1; one value serves all channels)."""
+        channels = self.preprocessing.channels
+        changed = dataclasses.replace(
+            self.preprocessing,
+            mean=self.preprocessing.mean if mean is None else _per_channel(mean, channels),
+            std=self.preprocessing.std if std is None else _per_channel(std, channels),
+        )
+        return dataclasses.replace(self, preprocessing=changed)
+
+
+def load_data(
+    source: str,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    max_bad: float = 0.01,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    workers: int = 2,
+) -> ImageData:
+    """Load a labelled image set by name.
+
+    `source` is ``digits``, ``folder:PATH``, ``parquet:PATH``, ``hub:NAME`` or ``torchvision:NAME``. Splits that exist
+    are kept; missing ones are carved out of the training images, stratified by class, by `seed`: first the test split
+    (`test_fraction` of them), then the validation split (`validation_fraction` of them).
+
+    Size: `image_size` gives a square. Otherwise training images of one size up to 224 a side stay as they are; larger
+    or mixed ones become squares of the median shorter side (at most 224, above 32 rounded down to a multiple of 8),
+    with a note. Images of other sizes are scaled to cover that and cropped at the centre. Channels: 1 if all training
+    images are grey, else 3. `mean` and `std` (scale 0..1) default to those of the training split; for streamed data
+    those of 4,096 images of it.
+
+    Images that cannot be used (empty, truncated, no image, over 64 million pixels, no label) are left out and listed in
+    `bad`. Decoded images of up to `memory_limit` bytes (4 GiB) are kept in memory, larger sets are streamed by `workers`
+    processes, in the same order. Raises `UsageError` for a source or option that cannot be, `DataError` for data that
+    cannot be used or more than `max_bad` (a share, 0.01 = 1 %) bad images.
+    """
+    _check_options(image_size, channels, validation_fraction, test_fraction, seed, max_bad)
+    raw = read_source(source)
+    _check_classes(raw, source)
+    total = sum(len(examples) for examples in raw.splits.values())
+    headers, bad = inspect(raw.splits)
+    too_many_bad(list(bad.values()), total, max_bad)
+    train_headers = [header for (name, _), header in headers.items() if name == "train"]
+    frame, notes = _choose_frame(train_headers, image_size, channels)
+
+    image_bytes = frame.channels * frame.height * frame.width
+    streamed = image_bytes * total > memory_limit
+    pixels: dict[str, torch.Tensor] = {}
+    if not streamed:
+        for name, examples in raw.splits.items():
+            pixels[name], failures = decode_all(examples, name, frame, {row for split, row in bad if split == name})
+            bad.update(failures)
+        too_many_bad(list(bad.values()), total, max_bad)
+    rows = _divide(raw, bad, validation_fraction, test_fraction, seed, source)
+    splits: dict[str, ImageSplit] = {}
+    for name, (origin, chosen) in rows.items():
+        examples, where = raw.splits[origin], torch.from_numpy(chosen)
+        if streamed:
+            splits[name] = StreamedSplit(
+                name, examples, where, len(raw.class_names), frame, workers=workers, max_bad=max_bad
+            )
+        else:
+            labels = torch.from_numpy(examples.labels[chosen])
+            splits[name] = MemorySplit(name, pixels[origin], labels, len(raw.class_names), where)
+    found_mean, found_std = channel_statistics(splits["train"], limit=4096 if streamed else None)
+    preprocessing = Preprocessing(
+        frame.channels,
+        frame.height,
+        frame.width,
+        found_mean if mean is None else _per_channel(mean, frame.channels),
+        found_std if std is None else _per_channel(std, frame.channels),
+        frame.interpolation,
+    )
+    if bad:
+        notes.append(f"{len(bad)} of {total} images left out, the first: {next(iter(bad.values())).name}")
+    return ImageData(
+        source=source,
+        class_names=raw.class_names,
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits["test"],
+        preprocessing=preprocessing,
+        bad=tuple(bad.values()),
+        notes=(*raw.notes, *notes),
+        fingerprint=_fingerprint(raw, splits, frame, None if streamed else pixels),
+    )
+
+
+def _check_options(
+    image_size: int | None,
+    channels: int | None,
+    validation_fraction: float,
+    test_fraction: float,
+    seed: int,
+    max_bad: float,
+) -> None:
+    if image_size is not None and not 1 <= image_size <= 4096:
+        raise UsageError(f"image_size is {image_size}, expected 1 to 4096 pixels.")
+    if channels not in (None, 1, 3):
+        raise UsageError(f"channels is {channels}, expected 1 (grey) or 3 (RGB).")
+    for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
+        if not 0 < value < 1:
+            raise UsageError(f"{name} is {value}, expected a share between 0 and 1 (such as 0.1).")
+    if validation_fraction + test_fraction >= 1:
+        raise UsageError(
+            f"validation_fraction {validation_fraction} and test_fraction {test_fraction} leave nothing to train on; "
+            "together they must stay below 1."
+        )
+    if not 0 <= max_bad <= 1:
+        raise UsageError(f"max_bad is {max_bad}, expected a share between 0 and 1 (0.01 allows 1 %).")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed is {seed}, expected 0 to 2^63 - 1.")
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    values = tuple(float(value) for value in values)
+    return values * channels if len(values) == 1 else values
+
+
+def _check_classes(raw: RawData, source: str) -> None:
+    names = raw.class_names
+    if len(names) < 2:
+        raise DataError(f"{source}: has only one class ({', '.join(names)}); a classifier needs at least two.")
+    counts = np.bincount(raw.splits["train"].labels.clip(min=NO_LABEL) + 1, minlength=len(names) + 1)[1:]
+    empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    if empty:
+        raise DataError(
+            f"{source}: class {empty[0]!r} has no training images ({len(empty)} of {len(names)} classes are empty); "
+            "add images or remove the class."
+        )
+
+
+def _choose_frame(headers: list[Header], image_size: int | None, channels: int | None) -> tuple[Frame, list[str]]:
+    if not headers:
+        raise DataError("no training image can be read.")
+    notes: list[str] = []
+    if channels is None:
+        grey = sum(header.grey for header in headers)
+        channels = 1 if grey == len(headers) else 3
+        if 0 < grey < len(headers):
+            notes.append(f"{grey} grey images among {len(headers)} are read as RGB")
+    sizes = np.array([(header.height, header.width) for header in headers])
+    low, high = sizes.min(axis=0), sizes.max(axis=0)
+    uniform = bool((low == high).all())
+    if image_size is not None:
+        height = width = image_size
+    elif uniform and high.max() <= LARGEST_SIDE:
+        height, width = int(high[0]), int(high[1])
+    else:
+        side = min(int(np.median(sizes.min(axis=1))), LARGEST_SIDE)
+        height = width = side if side <= 32 else side // 8 * 8
+    if not uniform or (height, width) != (high[0], high[1]):
+        found = f"{high[1]}x{high[0]}" if uniform else f"of {low[1]}x{low[0]} to {high[1]}x{high[0]}"
+        notes.append(f"images {found} are scaled to cover {width}x{height} and cropped at the centre")
+    return Frame(channels, height, width), notes
+
+
+def _divide(
+    raw: RawData, bad: dict[tuple[str, int], BadImage], validation: float, test: float, seed: int, source: str
+) -> dict[str, tuple[str, np.ndarray]]:
+    """Return for each split the source's split it comes from and the rows of it, bad ones left out."""
+    kept = {
+        name: np.array([row for row in range(len(examples)) if (name, row) not in bad], dtype=np.int64)
+        for name, examples in raw.splits.items()
+    }
+    labels = raw.splits["train"].labels
+    train = kept["train"]
+    lost = set(range(len(raw.class_names))) - set(labels[train].tolist())
+    if lost:
+        raise DataError(f"{source}: class {raw.class_names[min(lost)]!r} has no training image that can be read.")
+    total = len(train)
+    carved: dict[str, tuple[str, np.ndarray]] = {}
+    for name, fraction, stream in (("test", test, 1), ("validation", validation, 2)):
+        if name in kept:
+            if not len(kept[name]):
+                raise DataError(f"{source}: the {name} split holds no image that can be read; add some or remove it.")
+            carved[name] = (name, kept[name])
+            continue
+        part, rest = carve(labels[train], max(1, round(fraction * total)), seed, stream)
+        if not len(part):
+            raise DataError(
+                f"{source}: {total} training images are too few to carve a {name} split out of them; "
+                "give at least two images a class, or splits of your own."
+            )
+        carved[name] = ("train", train[part])
+        train = train[rest]
+    return {"train": ("train", train), **carved}
+
+
+def _fingerprint(
+    raw: RawData, splits: dict[str, ImageSplit], frame: Frame, pixels: dict[str, torch.Tensor] | None
+) -> str:
+    digest = hashlib.sha256(repr((raw.class_names, frame)).encode())
+    for name in sorted(raw.splits):
+        examples: Examples = raw.splits[name]
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(examples.labels))
+        if pixels is None:
+            examples.update(digest)
+        else:
+            digest.update(pixels[name].numpy())
+    for name in sorted(splits):
+        split = splits[name]
+        assert isinstance(split, MemorySplit | StreamedSplit)
+        digest.update(split.rows.numpy())
+    return digest.hexdigest()[:16]
