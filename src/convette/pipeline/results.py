@@ -58,7 +58,14 @@ class Epoch(Part):
     seconds: float
 
 
-class DataResult(Part):
+class StageResult(Part):
+    """What every stage says: how long it took (in the sitting that finished it) and when it was done."""
+
+    seconds: float = 0.0
+    finished_at: str | None = None
+
+
+class DataResult(StageResult):
     """`data/result.json`."""
 
     source: str
@@ -74,7 +81,7 @@ class DataResult(Part):
     samples: str = "samples.npz"
 
 
-class ModelResult(Part):
+class ModelResult(StageResult):
     """`model/result.json`. `cost` and `smallest` are `convette.cost.Cost.to_json()` of the start and of its thinnest self."""
 
     name: str
@@ -85,7 +92,7 @@ class ModelResult(Part):
     file: str = "model.safetensors"
 
 
-class TrainingResult(Part):
+class TrainingResult(StageResult):
     """`train/result.json`."""
 
     settings: dict[str, Any]
@@ -130,7 +137,7 @@ class LimitResult(Part):
     met: bool
 
 
-class CompressResult(Part):
+class CompressResult(StageResult):
     """`compress/result.json`."""
 
     budget: str
@@ -156,7 +163,7 @@ class Candidate(Part):
     note: str = ""
 
 
-class QuantizationResult(Part):
+class QuantizationResult(StageResult):
     """`quantize/result.json`."""
 
     candidates: list[Candidate]
@@ -175,7 +182,7 @@ class ExportedFile(Part):
     recommended: bool = False
 
 
-class ExportResult(Part):
+class ExportResult(StageResult):
     """`export/result.json`."""
 
     files: list[ExportedFile]
@@ -194,7 +201,7 @@ class FileCheck(Part):
     passed: bool
 
 
-class VerifyResult(Part):
+class VerifyResult(StageResult):
     """`verify/result.json`: the one place where the test split is used."""
 
     files: list[FileCheck]
@@ -219,7 +226,7 @@ class ExplainedImage(Part):
     correlation: float
 
 
-class ExplainResult(Part):
+class ExplainResult(StageResult):
     """`explain/result.json`; `drift` is 1 - mean correlation."""
 
     method: str
@@ -231,14 +238,14 @@ class ExplainResult(Part):
     maps: str = "maps.npz"
 
 
-class ReportResult(Part):
+class ReportResult(StageResult):
     """`report/result.json`."""
 
     file: str = "report.html"
 
 
 class StageState(Part):
-    """A stage in `run.json`: finished (seconds it took, over all sittings), left out (why), or still to do."""
+    """A stage in `run.json`: finished (seconds it took, in the sitting that finished it), left out (why), or still to do."""
 
     name: str
     state: Literal["to do", "finished", "left out"]
@@ -273,7 +280,7 @@ class RunRecord(Part):
 
     format: int = FORMAT
     name: str
-    command: list[str]
+    command: str
     reproduce: str
     created: str
     updated: str
@@ -289,7 +296,7 @@ class RunRecord(Part):
         return next((stage for stage in self.stages if stage.name == name), StageState(name=name, state="to do"))
 
 
-RESULTS: dict[str, type[Part]] = {
+RESULTS: dict[str, type[StageResult]] = {
     "data": DataResult,
     "model": ModelResult,
     "train": TrainingResult,

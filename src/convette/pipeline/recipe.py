@@ -1,0 +1,287 @@
+"""A recipe: the whole of a run in one TOML file. Every option of the command line is one of its keys.
+
+```toml
+budget = "macs<=40%"          # or a table: [budget] limits = "macs<=40%"
+
+[data]
+source = "digits"
+
+[train]
+epochs = 30
+```
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from convette import _files
+from convette.cost import Budget
+from convette.errors import ConvetteError, UsageError, did_you_mean
+from convette.pipeline._toml import line_of, read_toml
+from convette.pruning import PruneSettings
+from convette.quantization import QuantizeSettings
+from convette.training import TrainSettings
+
+
+class Section(BaseModel):
+    """A table of a recipe: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(Section):
+    """`[data]`: where the images come from (`convette.load_data`). `mean` and `std` are found by looking unless given."""
+
+    source: str = "digits"
+    image_size: int | None = Field(None, ge=1)
+    channels: Literal[1, 3] | None = None
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    max_bad: float = Field(0.01, ge=0, le=1)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    seed: int = 0
+
+
+class ModelSection(Section):
+    """`[model]`: the network to start from (`convette.create_model`). `stem = "auto"`: small for images up to 64 pixels."""
+
+    name: str = "auto"
+    stem: Literal["auto", "default", "small"] = "auto"
+    pretrained: bool = False
+    weights: str | None = None
+
+
+class BudgetSection(Section):
+    """`[budget]`: limits as `convette.cost.Budget.parse` reads them; empty: no compression."""
+
+    limits: str = ""
+
+    @field_validator("limits")
+    @classmethod
+    def _readable(cls, limits: str) -> str:
+        return str(Budget.parse(limits)) if limits.strip() else ""
+
+
+class ExportSection(Section):
+    """`[export]`: which deployable files to write, besides the `.safetensors`."""
+
+    formats: tuple[Literal["onnx", "openvino"], ...] = ("onnx", "openvino")
+    verify_images: int = Field(512, ge=256)
+
+
+class ExplainSection(Section):
+    """`[explain]`: class-activation maps of test images before and after (`images` right and as many wrong ones)."""
+
+    method: Literal["eigen_cam", "grad_cam", "off"] = "eigen_cam"
+    images: int = Field(6, ge=1, le=64)
+
+
+class ReportSection(Section):
+    """`[report]`: the HTML report."""
+
+    enabled: bool = True
+
+
+class RunSection(Section):
+    """`[run]`: where and on what. `engines` are measured besides those that the budget names."""
+
+    out: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    engines: tuple[str, ...] = ("eager:cpu", "onnxruntime:cpu", "openvino:cpu")
+
+
+class Recipe(Section):
+    """Everything a run is made from; `convette recipe` prints it, `convette recipe --schema` its JSON schema."""
+
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    budget: BudgetSection = BudgetSection()
+    train: TrainSettings = TrainSettings()
+    prune: PruneSettings = PruneSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
+    export: ExportSection = ExportSection()
+    explain: ExplainSection = ExplainSection()
+    report: ReportSection = ReportSection()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthands(cls, tables: Any) -> Any:
+        if not isinstance(tables, dict):
+            return tables
+        tables = dict(tables)
+        if isinstance(tables.get("budget"), str):
+            tables["budget"] = {"limits": tables["budget"]}
+        return _without_nulls(tables)
+
+    @model_validator(mode="after")
+    def _one_seed(self) -> "Recipe":
+        # Sections that were not given a seed of their own follow the run's.
+        for name in ("train", "prune"):
+            if name not in self.model_fields_set:
+                object.__setattr__(self, name, replace(getattr(self, name), seed=self.run.seed))
+        return self
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """Return every section and key as plain JSON values."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """Return twelve hex digits that change when anything changes but where the results go."""
+        tables = self.tables()
+        tables["run"].pop("out")
+        return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()[:12]
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML with every key; `parse_recipe` reads the same recipe back."""
+        import tomli_w
+
+        defaults = Recipe().tables()
+        # TOML has no null. A key that is null by default is left out; one that was switched off says so.
+        written = {
+            section: {
+                key: "none" if value is None else value
+                for key, value in table.items()
+                if value is not None or defaults[section][key] is not None
+            }
+            for section, table in self.tables().items()
+        }
+        return tomli_w.dumps(written, multiline_strings=False)
+
+    def save(self, path: Path | str) -> None:
+        """Write the recipe to `path`, whole or not at all."""
+        _files.write_text(path, self.to_toml())
+
+
+def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Return the recipe in the TOML file `path`, with dotted `overrides` (``{"train.epochs": 3}``) put over it.
+
+    Raises `UsageError` with file, line and what would work for a key or value that cannot be.
+    """
+    tables, text = read_toml(path)
+    return build_recipe(tables, overrides, source=str(path), text=text)
+
+
+def build_recipe(
+    tables: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    source: str = "recipe",
+    text: str = "",
+) -> Recipe:
+    """Return the recipe made of `tables` and dotted `overrides`; `source` and `text` are for error messages.
+
+    An override of ``run.seed`` also replaces the seeds of the sections that follow it.
+    """
+    merged: dict[str, Any] = {name: dict(t) if isinstance(t, Mapping) else t for name, t in (tables or {}).items()}
+    if isinstance(merged.get("budget"), str):
+        merged["budget"] = {"limits": merged["budget"]}
+    given = dict(overrides or {})
+    if "run.seed" in given:
+        given |= {f"{name}.seed": given.get(f"{name}.seed", given["run.seed"]) for name in ("train", "prune")}
+    else:
+        _follow_seed(merged)
+    for dotted, value in given.items():
+        section, _, key = dotted.partition(".")
+        table = merged.setdefault(section, {})
+        if not key or not isinstance(table, dict):
+            raise UsageError(f"{dotted}: not a key of a recipe; write section.key, such as train.epochs.")
+        table[key] = value
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise _explained(error, merged, given, source, text) from None
+    except ConvetteError as error:
+        # Raised by the settings themselves: they name the key; the place is added here.
+        key = str(error).split(" ", 1)[0].strip(":").split(".")
+        raise type(error)(f"{_place(key, given, source, text)}{error}") from None
+
+
+def parse_value(text: str) -> Any:
+    """Return the value of a ``--set section.key=value`` option: TOML where it is TOML, else the text itself."""
+    import tomllib
+
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _follow_seed(tables: dict[str, Any]) -> None:
+    run = tables.get("run")
+    seed = run.get("seed") if isinstance(run, dict) else None
+    for name in ("train", "prune"):
+        table = tables.get(name)
+        if seed is not None and isinstance(table, dict):
+            table.setdefault("seed", seed)
+
+
+def _without_nulls(tables: dict[str, Any]) -> dict[str, Any]:
+    # "none" stands for null where a key may be null and is not a text; see `Recipe.to_toml`.
+    result: dict[str, Any] = {}
+    for section, table in tables.items():
+        result[section] = table
+        if isinstance(table, dict) and section in Recipe.model_fields:
+            kind = Recipe.model_fields[section].annotation
+            result[section] = {
+                key: None if value == "none" and _nullable(kind, key) else value for key, value in table.items()
+            }
+    return result
+
+
+def _nullable(kind: Any, key: str) -> bool:
+    if is_dataclass(kind):
+        annotation = next((field.type for field in fields(kind) if field.name == key), None)
+    else:
+        annotation = kind.model_fields[key].annotation if key in kind.model_fields else None
+    return type(None) in get_args(annotation)
+
+
+def _keys_of(section: str) -> list[str]:
+    kind = Recipe.model_fields[section].annotation
+    if is_dataclass(kind):
+        return [field.name for field in fields(kind)]
+    return list(kind.model_fields)  # type: ignore[union-attr]
+
+
+def _place(key: Sequence[str], given: Mapping[str, Any], source: str, text: str) -> str:
+    if ".".join(key[:2]) in given:
+        return ""
+    line = line_of(text, key) if text else None
+    return f"{source}, line {line}: " if line else f"{source}: " if text else ""
+
+
+def _explained(
+    error: ValidationError, tables: Mapping[str, Any], given: Mapping[str, Any], source: str, text: str
+) -> UsageError:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    section = location[0] if location else ""
+    key = location[:2]
+    place = _place(key, given, source, text)
+    if section not in Recipe.model_fields:
+        return UsageError(f"{place}no section [{section}] in a recipe.{did_you_mean(section, Recipe.model_fields)}")
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return UsageError(
+            f"{place}no key {location[1]!r} in [{section}].{did_you_mean(location[1], _keys_of(section))}"
+        )
+    if isinstance(first.get("ctx", {}).get("error"), Exception):
+        return UsageError(f"{place}{'.'.join(key)}: {first['ctx']['error']}")
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "literal_error":
+        options = [option.strip("'") for option in first["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        message = f"not one of {', '.join(options)}.{did_you_mean(str(first['input']), options)}"
+    return UsageError(f"{place}{'.'.join(key)} = {first['input']!r}: {message.rstrip('.')}.")
+
+
+def settings_json(settings: Any) -> dict[str, Any]:
+    """Return a settings dataclass as plain JSON values."""
+    return TypeAdapter(type(settings)).dump_python(settings, mode="json")
