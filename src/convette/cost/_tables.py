@@ -1,0 +1,119 @@
+"""Figures and costs as people read them: numbers with units, rich tables."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from convette.cost._cost import CONVENTION, Cost
+from convette.errors import UsageError
+from convette.runtime import Latency
+
+_DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
+
+
+def format_count(value: float) -> str:
+    """A count with three or four digits and K, M, G or T: 1814073344 is "1.814 G"."""
+    for factor, unit in _DECIMAL:
+        if abs(value) >= factor:
+            return f"{value / factor:.4g} {unit}"
+    return f"{value:.4g}"
+
+
+def format_bytes(value: float) -> str:
+    """Bytes with decimal units: 46827520 is "46.83 MB"."""
+    return f"{format_count(value)}B" if abs(value) >= 1000 else f"{value:.4g} B"
+
+
+def format_milliseconds(value: float) -> str:
+    """Milliseconds as s, ms or us, whichever reads best: 0.0421 is "42.1 us"."""
+    if abs(value) >= 1000:
+        return f"{value / 1000:.3g} s"
+    return f"{value:.3g} ms" if abs(value) >= 0.1 else f"{value * 1000:.3g} us"
+
+
+def format_figure(metric: str, value: float) -> str:
+    """The value of a metric ("macs", "latency.p95@openvino:cpu" ...) with its unit."""
+    name = metric.partition("@")[0].partition(".")[0]
+    formatter = {"latency": format_milliseconds, "size": format_bytes, "memory": format_bytes}.get(name, format_count)
+    return formatter(value)
+
+
+def format_shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def cost_table(cost: Cost) -> Any:
+    """One row a layer with totals below; the caption states the convention and what is not in the figures."""
+    from rich.table import Table
+
+    caption = CONVENTION
+    if cost.uncounted:
+        caption = f"Without a formula, not counted: {', '.join(cost.uncounted)}. {caption}"
+    table = Table(title=f"Cost on {cost.inputs}" if cost.inputs else "Cost", caption=caption, show_footer=True)
+    totals = (format_count(cost.parameters), format_count(cost.macs), "100 %" if cost.macs else "")
+    table.add_column("layer", footer="total", overflow="fold")
+    table.add_column("kind")
+    table.add_column("output")
+    for title, footer in zip(("parameters", "MACs", "share"), totals, strict=True):
+        table.add_column(title, justify="right", footer=footer)
+    table.add_column("norm", justify="right", footer=format_count(cost.norm_macs))
+    table.add_column("bias", justify="right", footer=format_count(cost.bias_macs))
+    for layer in cost.layers:
+        share = f"{100 * layer.macs / cost.macs:.1f} %" if layer.macs and cost.macs else ""
+        values = (format_count(v) if v else "" for v in (layer.parameters, layer.macs))
+        norm, bias = (format_count(v) if v else "" for v in (layer.norm_macs, layer.bias_macs))
+        name = layer.name or "(network)"
+        table.add_row(name, layer.kind, format_shape(layer.output_shape), *values, share, norm, bias)
+    return table
+
+
+def engine_table(latencies: Mapping[str, Latency], reference: str | None = None) -> Any:
+    """One row an engine, fastest first: p50 with its 95 % interval, p95, p99, cold start, speed-up over `reference`.
+
+    `reference` is by default the first eager engine; without one there is no speed-up. The caption says batch,
+    threads, number of calls and the load of the machine.
+
+    Raises:
+        UsageError: nothing was measured, or `reference` was not.
+    """
+    from rich.table import Table
+
+    if not latencies:
+        raise UsageError("No latency was measured; name an engine, for example eager:cpu.")
+    reference = reference or next((name for name in latencies if name.startswith("eager")), None)
+    if reference is not None and reference not in latencies:
+        raise UsageError(f"No latency was measured on {reference!r} (measured: {', '.join(latencies)}).")
+    some = next(iter(latencies.values()))
+    samples = min(x.samples for x in latencies.values()), max(x.samples for x in latencies.values())
+    caption = (
+        f"batch {some.batch_size}, {some.threads} thread{'s' if some.threads != 1 else ''}, "
+        f"{samples[0]} to {samples[1]} calls, interleaved; load of the machine before {some.load_average:.2f}; "
+        "p50 with its 95 % interval"
+    )
+    table = Table(title="Latency", caption=caption)
+    for title in ("engine", "computes in"):
+        table.add_column(title)
+    for title in ("p50", "p95", "p99", "cold start"):
+        table.add_column(title, justify="right")
+    if reference is not None:
+        table.add_column(f"speed-up over {reference}", justify="right")
+    for name, x in sorted(latencies.items(), key=lambda item: item[1].p50):
+        low, high = (format_milliseconds(value) for value in x.p50_interval)
+        speedup = [f"{latencies[reference].p50 / x.p50:.2f}x"] if reference is not None else []
+        rest = (format_milliseconds(value) for value in (x.p95, x.p99, x.cold_start))
+        table.add_row(name, x.precision, f"{format_milliseconds(x.p50)} ({low} to {high})", *rest, *speedup)
+    return table
+
+
+def status_table(statuses: Iterable[Any], start: Cost | None = None) -> Any:
+    """The statuses of a budget (`Budget.check`) as a table: metric, start, limit, value, met."""
+    from rich.table import Table
+
+    from convette.cost._budget import status_rows
+
+    table = Table(title="Budget")
+    columns = ["metric", *(["start"] if start else []), "limit", "value", *(["share"] if start else []), "met"]
+    for name in columns:
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    for row in status_rows(statuses, start):
+        table.add_row(*(row[name] for name in columns))
+    return table
