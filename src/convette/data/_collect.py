@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from jaxtyping import Int32
 
 from convette._progress import progress
 from convette._typing import ImageBytes
-from convette.data._decode import Frame, Header, UnreadableImage
+from convette.data._decode import Frame, UnreadableImage
 from convette.data._examples import NO_LABEL, ArrayExamples, BadImage, Examples
 
 _CHUNK = 256
@@ -17,33 +18,34 @@ _CHUNK = 256
 _THREADS_ABOVE = 16_384
 
 
-def inspect(splits: dict[str, Examples]) -> tuple[dict[tuple[str, int], Header], dict[tuple[str, int], BadImage]]:
-    """Read the header of every image; return headers and bad images by (split, row)."""
-    headers: dict[tuple[str, int], Header] = {}
-    bad: dict[tuple[str, int], BadImage] = {}
+def inspect(examples: Examples, name: str) -> tuple[Int32[np.ndarray, "n 3"], dict[int, BadImage]]:
+    """Read the header of every image: (height, width, is grey) by row, zeros for the bad ones, which come with it."""
+    headers = np.zeros((len(examples), 3), dtype=np.int32)
+    bad: dict[int, BadImage] = {}
 
-    for name, examples in splits.items():
+    def look(row: int) -> None:
+        try:
+            if examples.labels[row] == NO_LABEL:
+                raise UnreadableImage("no label")
+            header = examples.header(row)
+            headers[row] = header.height, header.width, header.grey
+        except UnreadableImage as error:
+            bad[row] = BadImage(examples.name(row), name, str(error))
 
-        def look(row: int, name: str = name, examples: Examples = examples) -> None:
-            try:
-                if examples.labels[row] == NO_LABEL:
-                    raise UnreadableImage("no label")
-                headers[name, row] = examples.header(row)
-            except UnreadableImage as error:
-                bad[name, row] = BadImage(examples.name(row), name, str(error))
-
+    if isinstance(examples, ArrayExamples):
+        _, channels, height, width = examples.array.shape
+        headers[:] = height, width, channels == 1
+    else:
         _for_all(examples, look, f"looking at the {name} images")
     return headers, dict(sorted(bad.items()))
 
 
-def decode_all(
-    examples: Examples, name: str, frame: Frame, skip: set[int]
-) -> tuple[ImageBytes, dict[tuple[str, int], BadImage]]:
+def decode_all(examples: Examples, name: str, frame: Frame, skip: set[int]) -> tuple[ImageBytes, dict[int, BadImage]]:
     """Decode every image but those in `skip` (left black) into one tensor; return it and the bad ones met."""
     if isinstance(examples, ArrayExamples) and examples.array.shape[1:] == (frame.channels, frame.height, frame.width):
         return torch.from_numpy(np.ascontiguousarray(examples.array)), {}
     pixels = np.zeros((len(examples), frame.channels, frame.height, frame.width), dtype=np.uint8)
-    bad: dict[tuple[str, int], BadImage] = {}
+    bad: dict[int, BadImage] = {}
 
     def fill(row: int) -> None:
         if row in skip:
@@ -51,7 +53,7 @@ def decode_all(
         try:
             pixels[row] = examples.pixels(row, frame)
         except UnreadableImage as error:
-            bad[name, row] = BadImage(examples.name(row), name, str(error))
+            bad[row] = BadImage(examples.name(row), name, str(error))
 
     _for_all(examples, fill, f"decoding the {name} images")
     return torch.from_numpy(pixels), dict(sorted(bad.items()))

@@ -1,6 +1,7 @@
 """From an encoded image to uint8 pixels of one chosen shape, safely.
 
-What is accepted: PNG, JPEG, WebP, BMP, GIF, TIFF, PPM, AVIF, JPEG 2000 (the first frame). Nothing that runs a program (EPS).
+What is accepted: PNG, JPEG, WebP, BMP, GIF, TIFF, PPM, AVIF, JPEG 2000 (the first frame).
+Nothing that runs a program (EPS).
 """
 
 import io
@@ -72,7 +73,7 @@ def decode(file: BinaryIO | bytes, frame: Frame, max_pixels: int = MAX_PIXELS) -
     except UnreadableImage:
         raise
     except Exception as error:
-        # The decoders raise almost anything on damaged bytes: OSError, SyntaxError, ValueError, struct.error, EOFError ...
+        # The decoders raise almost anything on damaged bytes: OSError, SyntaxError, struct.error, EOFError ...
         raise UnreadableImage(_reason(error)) from error
 
 
@@ -98,7 +99,7 @@ def _open(file: BinaryIO | bytes, max_pixels: int) -> Image.Image:
     except Exception as error:
         raise UnreadableImage(_reason(error)) from error
     width, height = image.size
-    # PIL's own limit is global state that others may have changed, so ours is checked here, before any pixel is decoded.
+    # PIL's own limit is global state that others may have changed; ours is checked here, before pixels are decoded.
     if width * height > max_pixels:
         raise UnreadableImage(f"{width}x{height} pixels, over the limit of {max_pixels:,} (decompression bomb)")
     return image

@@ -94,7 +94,7 @@ class ArrayExamples(Examples):
         return 0.0
 
     def update(self, digest: "hashlib._Hash") -> None:
-        digest.update(np.ascontiguousarray(self.array))
+        digest.update(np.ascontiguousarray(self.array).data)
 
 
 class FileExamples(Examples):
@@ -125,7 +125,7 @@ class FileExamples(Examples):
 
     def update(self, digest: "hashlib._Hash") -> None:
         digest.update("\0".join(self.files).encode())
-        digest.update(self.sizes)
+        digest.update(self.sizes.data)
 
 
 class ArrowExamples(Examples):
@@ -229,7 +229,7 @@ class ObjectExamples(Examples):
 
 @dataclass(frozen=True)
 class RawData:
-    """A source as it was found: class names and its splits ("train" always, "validation" and "test" where they exist)."""
+    """A source as it was found: class names and splits ("train" always, "validation" and "test" where they exist)."""
 
     class_names: tuple[str, ...]
     splits: dict[str, Examples]

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from convette.data._collect import decode_all, inspect
-from convette.data._decode import Frame, Header
-from convette.data._examples import NO_LABEL, BadImage, Examples, RawData, too_many_bad
+from convette.data._decode import Frame
+from convette.data._examples import BadImage, RawData, too_many_bad
+from convette.data._look import check_classes, choose_frame
 from convette.data._partition import carve
 from convette.data._preprocessing import Preprocessing
 from convette.data._splits import ImageSplit, MemorySplit, StreamedSplit
@@ -18,8 +19,6 @@ from convette.data._statistics import channel_statistics
 from convette.data.sources import read_source
 from convette.errors import DataError, UsageError
 
-# Uniform images up to this side stay as they are; larger or mixed ones become squares of at most this side.
-LARGEST_SIDE = 224
 MEMORY_LIMIT = 4 * 1024**3
 
 
@@ -86,39 +85,34 @@ def load_data(
     those of 4,096 images of it.
 
     Images that cannot be used (empty, truncated, no image, over 64 million pixels, no label) are left out and listed in
-    `bad`. Decoded images of up to `memory_limit` bytes (4 GiB) are kept in memory, larger sets are streamed by `workers`
-    processes, in the same order. Raises `UsageError` for a source or option that cannot be, `DataError` for data that
-    cannot be used or more than `max_bad` (a share, 0.01 = 1 %) bad images.
+    `bad`. Decoded images of up to `memory_limit` bytes (4 GiB) are kept in memory, larger sets are streamed by
+    `workers` processes, in the same order.
+
+    Raises `UsageError` for a source or option that cannot be, `DataError` for data that cannot be used or more than
+    `max_bad` (a share, 0.01 = 1 %) bad images.
     """
     _check_options(image_size, channels, validation_fraction, test_fraction, seed, max_bad)
     raw = read_source(source)
-    _check_classes(raw, source)
+    check_classes(raw, source)
     total = sum(len(examples) for examples in raw.splits.values())
-    headers, bad = inspect(raw.splits)
-    too_many_bad(list(bad.values()), total, max_bad)
-    train_headers = [header for (name, _), header in headers.items() if name == "train"]
-    frame, notes = _choose_frame(train_headers, image_size, channels)
+    seen = {name: inspect(examples, name) for name, examples in raw.splits.items()}
+    bad = {name: found for name, (_, found) in seen.items()}
+    too_many_bad(_listed(bad), total, max_bad)
+    frame, notes = choose_frame(seen["train"][0], image_size, channels, source)
 
-    image_bytes = frame.channels * frame.height * frame.width
-    streamed = image_bytes * total > memory_limit
-    pixels: dict[str, torch.Tensor] = {}
-    if not streamed:
+    pixels: dict[str, torch.Tensor] | None = None
+    if frame.channels * frame.height * frame.width * total <= memory_limit:
+        pixels = {}
         for name, examples in raw.splits.items():
-            pixels[name], failures = decode_all(examples, name, frame, {row for split, row in bad if split == name})
-            bad.update(failures)
-        too_many_bad(list(bad.values()), total, max_bad)
+            pixels[name], failures = decode_all(examples, name, frame, set(bad[name]))
+            bad[name] |= failures
+        too_many_bad(_listed(bad), total, max_bad)
     rows = _divide(raw, bad, validation_fraction, test_fraction, seed, source)
-    splits: dict[str, ImageSplit] = {}
-    for name, (origin, chosen) in rows.items():
-        examples, where = raw.splits[origin], torch.from_numpy(chosen)
-        if streamed:
-            splits[name] = StreamedSplit(
-                name, examples, where, len(raw.class_names), frame, workers=workers, max_bad=max_bad
-            )
-        else:
-            labels = torch.from_numpy(examples.labels[chosen])
-            splits[name] = MemorySplit(name, pixels[origin], labels, len(raw.class_names), where)
-    found_mean, found_std = channel_statistics(splits["train"], limit=4096 if streamed else None)
+    if pixels is None:
+        splits = _streamed(raw, rows, frame, workers, max_bad)
+    else:
+        splits = _in_memory(raw, rows, pixels)
+    found_mean, found_std = channel_statistics(splits["train"], limit=4096 if pixels is None else None)
     preprocessing = Preprocessing(
         frame.channels,
         frame.height,
@@ -127,8 +121,9 @@ def load_data(
         found_std if std is None else _per_channel(std, frame.channels),
         frame.interpolation,
     )
-    if bad:
-        notes.append(f"{len(bad)} of {total} images left out, the first: {next(iter(bad.values())).name}")
+    left_out = _listed(bad)
+    if left_out:
+        notes.append(f"{len(left_out)} of {total} images left out, the first: {left_out[0].name}: {left_out[0].reason}")
     return ImageData(
         source=source,
         class_names=raw.class_names,
@@ -136,9 +131,9 @@ def load_data(
         validation=splits["validation"],
         test=splits["test"],
         preprocessing=preprocessing,
-        bad=tuple(bad.values()),
+        bad=tuple(left_out),
         notes=(*raw.notes, *notes),
-        fingerprint=_fingerprint(raw, splits, frame, None if streamed else pixels),
+        fingerprint=_fingerprint(raw, rows, frame, pixels),
     )
 
 
@@ -173,52 +168,19 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return values * channels if len(values) == 1 else values
 
 
-def _check_classes(raw: RawData, source: str) -> None:
-    names = raw.class_names
-    if len(names) < 2:
-        raise DataError(f"{source}: has only one class ({', '.join(names)}); a classifier needs at least two.")
-    counts = np.bincount(raw.splits["train"].labels.clip(min=NO_LABEL) + 1, minlength=len(names) + 1)[1:]
-    empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
-    if empty:
-        raise DataError(
-            f"{source}: class {empty[0]!r} has no training images ({len(empty)} of {len(names)} classes are empty); "
-            "add images or remove the class."
-        )
-
-
-def _choose_frame(headers: list[Header], image_size: int | None, channels: int | None) -> tuple[Frame, list[str]]:
-    if not headers:
-        raise DataError("no training image can be read.")
-    notes: list[str] = []
-    if channels is None:
-        grey = sum(header.grey for header in headers)
-        channels = 1 if grey == len(headers) else 3
-        if 0 < grey < len(headers):
-            notes.append(f"{grey} grey images among {len(headers)} are read as RGB")
-    sizes = np.array([(header.height, header.width) for header in headers])
-    low, high = sizes.min(axis=0), sizes.max(axis=0)
-    uniform = bool((low == high).all())
-    if image_size is not None:
-        height = width = image_size
-    elif uniform and high.max() <= LARGEST_SIDE:
-        height, width = int(high[0]), int(high[1])
-    else:
-        side = min(int(np.median(sizes.min(axis=1))), LARGEST_SIDE)
-        height = width = side if side <= 32 else side // 8 * 8
-    if not uniform or (height, width) != (high[0], high[1]):
-        found = f"{high[1]}x{high[0]}" if uniform else f"of {low[1]}x{low[0]} to {high[1]}x{high[0]}"
-        notes.append(f"images {found} are scaled to cover {width}x{height} and cropped at the centre")
-    return Frame(channels, height, width), notes
+def _listed(bad: dict[str, dict[int, BadImage]]) -> list[BadImage]:
+    return [item for found in bad.values() for item in found.values()]
 
 
 def _divide(
-    raw: RawData, bad: dict[tuple[str, int], BadImage], validation: float, test: float, seed: int, source: str
+    raw: RawData, bad: dict[str, dict[int, BadImage]], validation: float, test: float, seed: int, source: str
 ) -> dict[str, tuple[str, np.ndarray]]:
     """Return for each split the source's split it comes from and the rows of it, bad ones left out."""
-    kept = {
-        name: np.array([row for row in range(len(examples)) if (name, row) not in bad], dtype=np.int64)
-        for name, examples in raw.splits.items()
-    }
+    kept: dict[str, np.ndarray] = {}
+    for name, examples in raw.splits.items():
+        good = np.ones(len(examples), dtype=bool)
+        good[list(bad[name])] = False
+        kept[name] = np.flatnonzero(good)
     labels = raw.splits["train"].labels
     train = kept["train"]
     lost = set(range(len(raw.class_names))) - set(labels[train].tolist())
@@ -236,27 +198,60 @@ def _divide(
         if not len(part):
             raise DataError(
                 f"{source}: {total} training images are too few to carve a {name} split out of them; "
-                "give at least two images a class, or splits of your own."
+                "give more images a class, or splits of your own."
             )
         carved[name] = ("train", train[part])
         train = train[rest]
     return {"train": ("train", train), **carved}
 
 
+def _in_memory(
+    raw: RawData, rows: dict[str, tuple[str, np.ndarray]], pixels: dict[str, torch.Tensor]
+) -> dict[str, ImageSplit]:
+    return {
+        name: MemorySplit(
+            name,
+            pixels[origin],
+            torch.from_numpy(raw.splits[origin].labels[chosen]),
+            len(raw.class_names),
+            torch.from_numpy(chosen),
+        )
+        for name, (origin, chosen) in rows.items()
+    }
+
+
+def _streamed(
+    raw: RawData, rows: dict[str, tuple[str, np.ndarray]], frame: Frame, workers: int, max_bad: float
+) -> dict[str, ImageSplit]:
+    return {
+        name: StreamedSplit(
+            name,
+            raw.splits[origin],
+            torch.from_numpy(chosen),
+            len(raw.class_names),
+            frame,
+            workers=workers,
+            max_bad=max_bad,
+        )
+        for name, (origin, chosen) in rows.items()
+    }
+
+
 def _fingerprint(
-    raw: RawData, splits: dict[str, ImageSplit], frame: Frame, pixels: dict[str, torch.Tensor] | None
+    raw: RawData,
+    rows: dict[str, tuple[str, np.ndarray]],
+    frame: Frame,
+    pixels: dict[str, torch.Tensor] | None,
 ) -> str:
     digest = hashlib.sha256(repr((raw.class_names, frame)).encode())
-    for name in sorted(raw.splits):
-        examples: Examples = raw.splits[name]
+    for name, examples in sorted(raw.splits.items()):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(examples.labels))
+        digest.update(np.ascontiguousarray(examples.labels).data)
         if pixels is None:
             examples.update(digest)
         else:
-            digest.update(pixels[name].numpy())
-    for name in sorted(splits):
-        split = splits[name]
-        assert isinstance(split, MemorySplit | StreamedSplit)
-        digest.update(split.rows.numpy())
+            digest.update(pixels[name].numpy().data)
+    for name, (_, chosen) in sorted(rows.items()):
+        digest.update(name.encode())
+        digest.update(chosen.data)
     return digest.hexdigest()[:16]

@@ -1,8 +1,9 @@
-"""One split of a data set: labelled uint8 images in memory or streamed from their files, in the same order either way."""
+"""One split of a data set: labelled uint8 images, in memory or streamed from their files, in the same order."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +82,8 @@ class ImageSplit(ABC):
     ) -> Iterator[Batch]:
         """Iterate over the split once.
 
-        The order is a function of (`seed`, `epoch`) alone. Rank r of `world_size` takes positions r, r + world_size, ...
-        of it; every rank gets the same number of batches, for which up to ``world_size - 1`` images at the start of the
+        The order is a function of (`seed`, `epoch`) alone. Rank r of W takes positions r, r + W, ... of it;
+        every rank gets the same number of batches, for which up to W - 1 images at the start of the
         order are shown twice. `drop_last` leaves out a smaller last batch unless it is the only one. `skip` batches are
         passed over without being decoded. Raises `UsageError` for a batch size or rank that cannot be.
         """
@@ -215,7 +216,7 @@ class _Positions(torch.utils.data.Dataset):
         return self.split._decode(indices)
 
 
-def _unchanged(batch: tuple[Batch, list[tuple[int, BadImage]]]) -> tuple[Batch, list[tuple[int, BadImage]]]:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 

@@ -25,7 +25,7 @@ def read_source(source: str) -> RawData:
     target, options = _options(rest)
     if has_target and not target:
         raise UsageError(
-            f"data source {source!r} names nothing; write {kind}:{'NAME' if kind in ('hub', 'torchvision') else 'PATH'}."
+            f"data source {source!r} names nothing; write {kind}:{'PATH' if kind in ('folder', 'parquet') else 'NAME'}."
         )
     if not has_target and rest:
         raise UsageError(f"data source {kind!r} takes nothing after the colon, got {rest!r}.")

@@ -1,4 +1,4 @@
-"""`folder:PATH`: image files, one folder a class; with or without train, val (valid, validation) and test folders above."""
+"""`folder:PATH`: image files, one folder a class; with or without folders train, val and test above."""
 
 import os
 from pathlib import Path

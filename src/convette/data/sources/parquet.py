@@ -4,8 +4,10 @@ PATH is one file, or a folder with train-*.parquet and, if there are, validation
 one folder further down, in data/). ``?image=COLUMN&label=COLUMN`` names the columns where they are not found.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +27,37 @@ def read(target: str, options: dict[str, str]) -> RawData:
     """Find splits, columns and class names; encoded images stay encoded (in memory, or mapped if there are many)."""
     path = existing_path(target, "parquet")
     files = _split_files(path)
-    return read_tables({name: _load(paths) for name, paths in files.items()}, str(path), options, files=False)
+    schemas = {name: _schema(paths[0]) for name, paths in files.items()}
+    columns = find_columns(schemas, options, str(path))
+    tables = {name: _load(paths, columns) for name, paths in files.items()}
+    return from_tables(tables, schemas["train"], columns, str(path), files=False)
 
 
-def read_tables(tables: dict[str, Any], title: str, options: dict[str, str], *, files: bool) -> RawData:
-    """Turn Arrow tables (or `datasets.Dataset`), one a split, into examples with common class names."""
-    schema = _table(tables["train"]).schema
-    features = _features(schema)
-    image = _image_column(schema, features, options.get("image"), title)
-    label = _label_column(schema, features, options.get("label"), image, title)
-    for name, table in tables.items():
+def find_columns(schemas: dict[str, Any], options: dict[str, str], title: str) -> tuple[str, str]:
+    """Return the image and the label column of the training split, which every split must have."""
+    features = _features(schemas["train"])
+    image = _image_column(schemas["train"], features, options.get("image"), title)
+    label = _label_column(schemas["train"], features, options.get("label"), image, title)
+    for name, schema in schemas.items():
         for column in (image, label):
-            if column not in _table(table).schema.names:
-                raise DataError(f"{title}: split {name!r} has no column {column!r} ({_columns(_table(table).schema)}).")
-    raw = {name: _table(table).column(label) for name, table in tables.items()}
-    class_names, labels = _labels(raw, _declared_names(schema, features, label), f"{title}: column {label!r}")
+            if column not in schema.names:
+                raise DataError(f"{title}: split {name!r} has no column {column!r} ({_columns(schema)}).")
+    return image, label
+
+
+def from_tables(tables: dict[str, Any], schema: Any, columns: tuple[str, str], title: str, *, files: bool) -> RawData:
+    """Turn Arrow tables (or `datasets.Dataset`), one a split, into examples with common class names.
+
+    `files` says whether a row without bytes may name an image file of this machine.
+    """
+    image, label = columns
+    raw = {name: getattr(table, "data", table).column(label) for name, table in tables.items()}
+    declared = _declared_names(schema, _features(schema), label)
+    class_names, labels = _labels(raw, declared, f"{title}: column {label!r}")
     notes: list[str] = []
     splits: dict[str, Examples] = {}
     for name, table in tables.items():
-        if name != "train" and len(labels[name]) and (labels[name] == NO_LABEL).all():
+        if name != "train" and (labels[name] == NO_LABEL).all():
             notes.append(f"{title}: split {name!r} has no labels and is left out")
             continue
         splits[name] = ArrowExamples(table, image, labels[name], f"{title} {name}", files)
@@ -84,32 +98,35 @@ def _check_shards(files: list[Path]) -> None:
         raise DataError(f"{files[0].parent}: shard {min(missing)} of {total} like {files[0].name} is missing.")
 
 
-def _load(files: list[Path]) -> Any:
+def _schema(file: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    with _parquet_errors(file):
+        return pq.read_schema(file)
+
+
+def _load(files: list[Path], columns: tuple[str, str]) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        schemas = [pq.read_schema(file) for file in files]
+    with _parquet_errors(files[0]):
         if sum(file.stat().st_size for file in files) > MAPPED_ABOVE:
             from datasets import Dataset
 
-            return Dataset.from_parquet([str(file) for file in files])
-        tables = []
-        for file, schema in zip(files, schemas, strict=True):
-            # Lists and other nested columns (boxes, embeddings) are never images or labels; leave them on disk.
-            wanted = [field.name for field in schema if not pa.types.is_nested(field.type) or _has_bytes(field.type)]
-            tables.append(pq.read_table(file, columns=wanted))
-        # The metadata of the shards may differ; that of the first holds.
-        return pa.concat_tables([table.replace_schema_metadata(schemas[0].metadata) for table in tables])
+            return Dataset.from_parquet([str(file) for file in files], columns=list(columns))
+        tables = [pq.read_table(file, columns=list(columns)).replace_schema_metadata(None) for file in files]
+        return pa.concat_tables(tables)
+
+
+@contextlib.contextmanager
+def _parquet_errors(file: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         first = str(error).splitlines()[0][:160]
-        raise DataError(
-            f"{files[0]}{' ...' if len(files) > 1 else ''}: cannot be read as Parquet ({first})."
-        ) from error
-
-
-def _table(holder: Any) -> Any:
-    return getattr(holder, "data", holder)
+        raise DataError(f"{file}: cannot be read as Parquet ({first}).") from error
 
 
 def _columns(schema: Any) -> str:
