@@ -12,8 +12,8 @@ from torch import nn
 
 from convette.errors import ConvetteError, UsageError
 from convette.runtime import _vendors
+from convette.runtime._export import convert_to_openvino, deployable, export, read_export_metadata, read_openvino
 from convette.runtime.engines import EngineSpec, Prepared
-from convette.runtime.export import convert_to_openvino, deployable, export, read_export_metadata, read_openvino
 
 _COMPILED_SIZES = 4  # batch sizes an OpenVINO runner keeps compiled
 

@@ -11,7 +11,17 @@ from typing import Any
 
 from convette.errors import UsageError
 
-_NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir", "nncf", "openvino", "root")
+_NOISY_LOGGERS = (
+    "torch.onnx",
+    "torch.export",
+    "torch.fx",
+    "torch.utils.cpp_extension",
+    "onnxscript",
+    "onnx_ir",
+    "nncf",
+    "openvino",
+    "root",
+)
 
 
 def openvino() -> Any:
@@ -23,8 +33,9 @@ def openvino() -> Any:
 def nncf() -> Any:
     """Import NNCF with its telemetry off and its log quiet."""
     _switch_telemetry_off()
-    # NNCF configures its own logger on import.
-    module = _imported("nncf")
+    with quiet():
+        module = _imported("nncf")
+    # NNCF sets its logger up while it is imported.
     logging.getLogger("nncf").setLevel(logging.ERROR)
     return module
 

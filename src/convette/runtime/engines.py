@@ -231,7 +231,7 @@ def _threads(threads: int | None) -> int:
 
 
 def _source(spec: EngineSpec, model_or_path: nn.Module | str | Path, int8_path: str | Path | None) -> nn.Module | Path:
-    from convette.runtime.export import existing, read_export_metadata
+    from convette.runtime._export import existing, read_export_metadata
 
     formats = ENGINES[spec.engine].formats
     int8 = spec.precision == "int8"

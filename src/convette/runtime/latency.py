@@ -211,3 +211,58 @@ def _latency(runner: Any, batch_size: int, rounds: np.ndarray, load: float) -> L
         load_average=load,
         timings=tuple(round(float(value), 6) for value in kept),
     )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine to use, and why, in one sentence."""
+
+    name: str
+    reason: str
+
+
+def fastest(
+    latencies: Mapping[str, Latency],
+    accuracies: Mapping[str, float] | None = None,
+    *,
+    max_accuracy_drop: float = 0.01,
+    reference: str | None = None,
+) -> Choice:
+    """Name the fastest of `latencies` (by median) that is accurate enough, with the reason.
+
+    Accurate enough: `accuracies` (shares, 0..1) at most `max_accuracy_drop` below that of `reference` (None: below the
+    best). Without accuracies all are taken to be. Where another's median cannot be told apart (the intervals overlap),
+    the reason says so. Raises `UsageError` if nothing was measured, or `accuracies` misses a name.
+    """
+    if not latencies:
+        raise UsageError("nothing to choose from: no latency was measured.")
+    names = sorted(latencies, key=lambda name: latencies[name].p50)
+    lost: dict[str, float] = {}
+    if accuracies is not None:
+        missing = [name for name in (*names, *([reference] if reference else [])) if name not in accuracies]
+        if missing:
+            raise UsageError(f"no accuracy is known for {', '.join(missing)}; measure it, or give none at all.")
+        best = accuracies[reference] if reference else max(accuracies[name] for name in names)
+        lost = {name: best - accuracies[name] for name in names}
+    allowed = [name for name in names if lost.get(name, 0.0) <= max_accuracy_drop + 1e-12]
+    if not allowed:
+        raise UsageError(f"none is within {max_accuracy_drop:.2%} of the accuracy of {reference}; allow a larger drop.")
+    name = allowed[0]
+    reason = f"{name} is the fastest ({latencies[name].p50:.3g} ms)"
+    if accuracies is not None:
+        reason += f" within {100 * max_accuracy_drop:.3g} points of accuracy ({100 * accuracies[name]:.2f} %)"
+    faster = [other for other in names[: names.index(name)] if other not in allowed]
+    if faster:
+        reason += "; " + ", ".join(
+            f"{other} is faster ({latencies[other].p50:.3g} ms) but loses {100 * lost[other]:.2f} points"
+            for other in faster
+        )
+    equal = [other for other in allowed[1:] if overlap(latencies[name], latencies[other])]
+    if equal:
+        reason += f"; {', '.join(equal)} cannot be told apart from it"
+    return Choice(name, reason + ".")
+
+
+def overlap(one: Latency, other: Latency) -> bool:
+    """Return whether the intervals of two medians overlap: which one is faster is then not known."""
+    return one.p50_interval[0] <= other.p50_interval[1] and other.p50_interval[0] <= one.p50_interval[1]

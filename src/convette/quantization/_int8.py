@@ -1,0 +1,172 @@
+"""Making int8 files after training: NNCF for OpenVINO, QDQ for ONNX Runtime, both static and per channel."""
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from convette.errors import ConvetteError, UsageError
+from convette.quantization._calibration import checked
+from convette.runtime import _metadata, _vendors, prepare, read_export_metadata
+from convette.runtime._export import convert_to_openvino, deployable, load_onnx, save_onnx, write_openvino
+
+_BATCH = 16
+
+
+def quantize_openvino(
+    model: nn.Module, example: Tensor, calibration: Iterable[Tensor | np.ndarray], path: Path | str
+) -> Path:
+    """Write `model` as an int8 OpenVINO file: static ranges, weights per output channel, biases corrected (NNCF).
+
+    Args:
+        model: a network, left as it is.
+        example: ``n c h w`` float.
+        calibration: batches of preprocessed training images; 128 to 300 images are usual.
+        path: an ``.xml``; the weights go beside it (``.bin``). Written whole or not at all.
+
+    Raises `DataError` for calibration images no range can be learnt from, `ConvetteError` if the network gives values
+    that are not finite, or the quantised one does or no longer tells images apart. Costs about a forward pass of each
+    image in float32 and 1 to 20 seconds besides.
+    """
+    path = Path(path)
+    if path.suffix != ".xml":
+        raise UsageError(f"{path}: OpenVINO files end in .xml (the weights go beside it, into .bin).")
+    images = checked(calibration)
+    nncf = _vendors.nncf()
+    converted = convert_to_openvino(deployable(model, example), example)
+    before = _run_openvino(converted, images[:_BATCH])
+    _refuse_not_finite(before, f"the network {type(model).__name__}")
+    # One image at a time: ranges are means over the images' own extremes, so that no single outlier widens them.
+    dataset = nncf.Dataset([images[index : index + 1] for index in range(len(images))])
+    try:
+        with _silence():
+            quantised = nncf.quantize(converted, dataset, subset_size=len(images), target_device=nncf.TargetDevice.CPU)
+    except Exception as error:
+        raise ConvetteError(f"NNCF cannot quantise {type(model).__name__}: {_vendors.one_line(error)}.") from error
+    _refuse_collapse(before, _run_openvino(quantised, images[:_BATCH]), f"the int8 network for {path}")
+    write_openvino(quantised, path, _metadata.describe(model, precision="int8", input_shape=images.shape[1:]))
+    return path
+
+
+def quantize_onnx(
+    onnx_path: Path | str,
+    calibration: Iterable[Tensor | np.ndarray],
+    path: Path | str,
+    *,
+    reduce_range: bool | None = None,
+) -> Path:
+    """Write the float ONNX file `onnx_path` as int8: QDQ, uint8 activations, int8 weights per channel, min-max ranges.
+
+    Metadata goes along. Signed activations are 2.7 times slower on x86, so they stay unsigned.
+
+    Args:
+        onnx_path: a file made by `convette.export`.
+        calibration: batches of preprocessed training images; 128 to 300 images are usual.
+        path: an ``.onnx``, written whole or not at all.
+        reduce_range: 7-bit weights, which x86 processors without VNNI need (their sums saturate); None: as this
+            processor needs.
+
+    Raises as `quantize_openvino`. Costs about a forward pass of each image and a few seconds besides.
+    """
+    onnx_path, path = Path(onnx_path), Path(path)
+    if path.suffix != ".onnx":
+        raise UsageError(f"{path}: ONNX files end in .onnx.")
+    images = checked(calibration)
+    metadata = read_export_metadata(onnx_path) | {"precision": "int8"}
+    before = _run_file(onnx_path, images[:_BATCH])
+    _refuse_not_finite(before, f"{onnx_path}")
+    with tempfile.TemporaryDirectory(prefix="convette-") as folder:
+        written = Path(folder) / "int8.onnx"
+        try:
+            with _silence():
+                _write_qdq(onnx_path, images, written, _needs_reduced_range() if reduce_range is None else reduce_range)
+        except Exception as error:
+            raise ConvetteError(f"ONNX Runtime cannot quantise {onnx_path}: {_vendors.one_line(error)}.") from error
+        _refuse_collapse(before, _run_file(written, images[:_BATCH]), f"the int8 network for {path}")
+        save_onnx(load_onnx(written), path, metadata)
+    return path
+
+
+def _write_qdq(source: Path, images: np.ndarray, written: Path, reduce_range: bool) -> None:
+    _vendors.onnxruntime()
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = written.with_name("prepared.onnx")
+    quant_pre_process(source, prepared)
+    quantize_static(
+        prepared,
+        written,
+        _Reader(images, load_onnx(source).graph.input[0].name),  # type: ignore[arg-type]
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        reduce_range=reduce_range,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod.MinMax,
+    )
+
+
+class _Reader:
+    """ONNX Runtime's way to be given calibration batches."""
+
+    def __init__(self, images: np.ndarray, name: str) -> None:
+        self._batches = iter(np.split(images, range(_BATCH, len(images), _BATCH)))
+        self._name = name
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {self._name: batch}
+
+    def __iter__(self) -> "_Reader":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = self.get_next()
+        if batch is None:
+            raise StopIteration
+        return batch
+
+
+def _run_file(path: Path, images: np.ndarray) -> np.ndarray:
+    with prepare("onnxruntime:cpu", path, torch.from_numpy(images)) as runner:
+        return runner(images)
+
+
+def _run_openvino(model: Any, images: np.ndarray) -> np.ndarray:
+    ov = _vendors.openvino()
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    return np.array(ov.compile_model(model, "CPU", threads)([images])[0], dtype=np.float32)
+
+
+def _refuse_not_finite(outputs: np.ndarray, what: str) -> None:
+    if not np.isfinite(outputs).all():
+        raise ConvetteError(f"{what} gives values that are not finite on calibration images; nothing was quantised.")
+
+
+def _refuse_collapse(before: np.ndarray, after: np.ndarray, what: str) -> None:
+    _refuse_not_finite(after, what)
+    if np.ptp(before, axis=0).max() > 0 and np.ptp(after, axis=0).max() == 0:
+        raise ConvetteError(
+            f"{what} gives the same output for every calibration image (no activation range); nothing was written."
+        )
+
+
+def _needs_reduced_range() -> bool:
+    # Without VNNI, products of uint8 and int8 are added in 16 bits, which overflow.
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+
+@contextlib.contextmanager
+def _silence():
+    # NNCF draws bars on standard output, where machine-readable results go.
+    with _vendors.quiet(), contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,56 @@
+"""The choices of post-training quantisation, as a recipe holds them."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from convette.errors import UsageError, did_you_mean
+from convette.runtime import EngineSpec
+
+Mode = Literal["auto", "off", "on"]
+_QUANTISING = ("openvino", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """Whether and how to quantise.
+
+    - `mode`: ``"auto"`` keeps int8 only if it is measured faster than every float candidate and accurate enough;
+      ``"on"`` keeps it if it is accurate enough, faster or not (for its size); ``"off"`` makes none.
+    - `max_accuracy_drop`: what int8 (or bfloat16) may lose on the validation split against float32, as a share:
+      0.01 is one point.
+    - `calibration_images`: training images on which the ranges of the activations are taken.
+    - `engines`: where candidates are made and measured (OpenVINO, ONNX Runtime).
+    - `batch_size`: images in a measured call. `time_limit`: seconds of measuring for each candidate.
+    - `seed`: of the choice of calibration images.
+
+    Raises `UsageError` for a value out of range or an unknown engine.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    mode: Mode = "auto"
+    max_accuracy_drop: float = 0.01
+    calibration_images: int = 256
+    engines: tuple[str, ...] = ("openvino:cpu", "onnxruntime:cpu")
+    batch_size: int = 1
+    time_limit: float = 5.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise UsageError(f"quantize.mode = {self.mode!r} is not known.{did_you_mean(self.mode, get_args(Mode))}")
+        for name, least in (("calibration_images", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"quantize.{name} = {getattr(self, name)}: at least {least} is needed.")
+        if not 0 <= self.max_accuracy_drop <= 1:
+            raise UsageError(f"quantize.max_accuracy_drop = {self.max_accuracy_drop}: a share in 0..1 is needed.")
+        if not self.time_limit > 0:
+            raise UsageError(f"quantize.time_limit = {self.time_limit}: seconds above 0 are needed.")
+        if not self.engines:
+            raise UsageError("quantize.engines is empty; name openvino:cpu, onnxruntime:cpu or both.")
+        for text in self.engines:
+            spec = EngineSpec.parse(text)
+            if spec.engine not in _QUANTISING or spec.precision is not None:
+                raise UsageError(
+                    f"quantize.engines: {text!r} cannot be used; name openvino:cpu, onnxruntime:cpu or both."
+                )
