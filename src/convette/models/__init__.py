@@ -1,6 +1,55 @@
-"""Whole networks: ours, one file each, and a loader for timm, torchvision and files."""
+"""Whole networks: ours, one file each, and a loader for timm, torchvision, the user's own modules and files."""
 
+from convette.models._normalisation import known_preprocessing
+from convette.models._weights import load_weights
 from convette.models.cifar_resnet import CifarResNet, resnet20, resnet32, resnet44, resnet56, resnet110
-from convette.models.loader import MODELS, create_model
+from convette.models.loader import CONSTRUCTORS, MODELS, build_from_origin, create_model, load, save
+from convette.models.mobilenet_v2 import (
+    DeepLabV3MobileNetV2,
+    InvertedResidual,
+    MobileNetV2,
+    SSDLiteMobileNetV2,
+    deeplabv3_mobilenet_v2,
+    mobilenet_v2,
+    ssdlite_mobilenet_v2,
+)
+from convette.models.simplenet import (
+    SimpleNet,
+    simplenet_5m,
+    simplenet_9m,
+    simplenet_cifar_5m,
+    simplenet_cifar_5m_extra_pool,
+    simplenet_cifar_310k,
+    simplenet_cifar_460k,
+)
 
-__all__ = ["MODELS", "CifarResNet", "create_model", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
+__all__ = [
+    "CONSTRUCTORS",
+    "MODELS",
+    "CifarResNet",
+    "DeepLabV3MobileNetV2",
+    "InvertedResidual",
+    "MobileNetV2",
+    "SSDLiteMobileNetV2",
+    "SimpleNet",
+    "build_from_origin",
+    "create_model",
+    "deeplabv3_mobilenet_v2",
+    "known_preprocessing",
+    "load",
+    "load_weights",
+    "mobilenet_v2",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "save",
+    "simplenet_5m",
+    "simplenet_9m",
+    "simplenet_cifar_5m",
+    "simplenet_cifar_5m_extra_pool",
+    "simplenet_cifar_310k",
+    "simplenet_cifar_460k",
+    "ssdlite_mobilenet_v2",
+]

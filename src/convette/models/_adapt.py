@@ -122,14 +122,19 @@ def use_small_stem(model: nn.Module, example: Tensor, name: str) -> None:
     except Exception as error:
         raise UsageError(
             f"{name}: no stem 'small', for the network is tied to its number of patches; use stem 'default' "
-            f"({_one_line(error)})."
+            f"({one_line(error)})."
         ) from error
 
 
-def use_in_channels(model: nn.Module, example: Tensor, in_channels: int) -> None:
-    """Replace the first convolution of `model` by one for `in_channels`, its weights drawn with the old ones' spread.
+def use_in_channels(model: nn.Module, example: Tensor, in_channels: int, *, keep: bool) -> None:
+    """Replace the first convolution of `model` by one for `in_channels`.
 
-    `example` is an image batch (n c h w) the network accepts now.
+    `example` is an image batch (n c h w) the network accepts now. With `keep`, the old weights are kept: summed for one
+    channel, else repeated and scaled so that equal channels give the old response. Without, they are drawn anew with
+    the old ones' spread.
+
+    Raises:
+        UsageError: the network has no convolution.
     """
     name = first_convolution(model, example)
     if name is None:
@@ -147,13 +152,19 @@ def use_in_channels(model: nn.Module, example: Tensor, in_channels: int) -> None
         padding_mode=old.padding_mode,
     )
     with torch.no_grad():
-        new.weight.normal_(std=float(old.weight.std()))
+        if keep:
+            cycle = torch.arange(in_channels) % old.in_channels
+            scale = old.in_channels / in_channels
+            new.weight.copy_(old.weight.sum(1, keepdim=True) if in_channels == 1 else old.weight[:, cycle] * scale)
+        else:
+            new.weight.normal_(std=float(old.weight.std()))
         if new.bias is not None and old.bias is not None:
             new.bias.copy_(old.bias)
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return the first line of an error's text, shortened."""
     text = str(error).strip().split("\n", 1)[0]
     return text[:120] or type(error).__name__

@@ -2,13 +2,19 @@
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 from torch import nn
 
+from convette.errors import FileFormatError, did_you_mean
+
 P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
+
+# What a file may ask for; beyond it a damaged number would ask for all the memory there is.
+_LARGEST_COUNT, _LARGEST_FACTOR = 1_000_000, 8.0
 
 
 def attach_origin(model: M, constructor: str, arguments: dict[str, Any]) -> M:
@@ -31,3 +37,38 @@ def with_origin(constructor: Callable[P, M]) -> Callable[P, M]:
         return attach_origin(constructor(*args, **kwargs), f"convette:{constructor.__name__}", dict(bound.arguments))
 
     return build
+
+
+def check_arguments(constructor: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Check arguments read from a file against the names and types of `function`'s parameters.
+
+    Raises:
+        FileFormatError: an argument the constructor does not have, of another type, or out of range.
+    """
+    parameters = inspect.signature(function).parameters
+    for name, value in arguments.items():
+        if name not in parameters:
+            raise FileFormatError(f"origin {constructor!r}: no argument {name!r}.{did_you_mean(name, parameters)}")
+        expected = parameters[name].annotation
+        if not _fits(value, expected):
+            choices = get_args(expected) if get_origin(expected) is Literal else None
+            wanted = f"one of {', '.join(choices)}" if choices else _WANTED.get(expected, "something else")
+            raise FileFormatError(f"origin {constructor!r}: argument {name!r} is {value!r:.60}, expected {wanted}.")
+
+
+_WANTED = {
+    int: f"a whole number from 1 to {_LARGEST_COUNT:,}",
+    float: f"a number from 0 to {_LARGEST_FACTOR:g}",
+}
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    if get_origin(expected) is Literal:
+        return isinstance(value, str) and value in get_args(expected)
+    if isinstance(value, bool):
+        return False
+    if expected is int:
+        return isinstance(value, int) and 1 <= value <= _LARGEST_COUNT
+    if expected is float:
+        return isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= _LARGEST_FACTOR
+    return False
