@@ -1,0 +1,51 @@
+"""Pruning: remove channels until a network fits a budget, and repair it on the way.
+
+Criteria (what a unit is worth), allocations (where the budget is spent) and the schedule (when, and with what recovery)
+are independent: any goes with any. `prune` puts them together.
+"""
+
+from convette.pruning._measured import measure_latencies
+from convette.pruning._units import Scores
+from convette.pruning.allocation import ALLOCATIONS, WidthRules, find_allocation, global_ranking, per_layer, uniform
+from convette.pruning.criteria import (
+    CRITERIA,
+    bn_scale,
+    find_criterion,
+    l1,
+    l2,
+    lamp,
+    random,
+    score_units,
+    taylor,
+)
+from convette.pruning.recovery import RECOVERY, recalibrate, recover
+from convette.pruning.result import PruneResult, StepRecord
+from convette.pruning.schedule import prune
+from convette.pruning.settings import PruneSettings
+
+__all__ = [
+    "ALLOCATIONS",
+    "CRITERIA",
+    "RECOVERY",
+    "PruneResult",
+    "PruneSettings",
+    "Scores",
+    "StepRecord",
+    "WidthRules",
+    "bn_scale",
+    "find_allocation",
+    "find_criterion",
+    "global_ranking",
+    "l1",
+    "l2",
+    "lamp",
+    "measure_latencies",
+    "per_layer",
+    "prune",
+    "random",
+    "recalibrate",
+    "recover",
+    "score_units",
+    "taylor",
+    "uniform",
+]

@@ -1,0 +1,139 @@
+"""One network at one step: its graph, its scores, and the selections that meet limits."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from convette.cost import Budget, Cost, Limit, WidthCost, count, unreachable
+from convette.pruning._cap_search import CapPoint, search_cap
+from convette.pruning._measured import MeasuredLimits, worst
+from convette.pruning._units import Scores
+from convette.pruning.allocation import WidthRules, build_ladders, find_allocation
+from convette.pruning.allocation._search import smallest_selection
+from convette.pruning.criteria import score_units
+from convette.pruning.settings import PruneSettings
+from convette.surgery import ChannelGraph, apply, trace
+
+Selection = Mapping[str, Tensor]
+
+
+@dataclass
+class Candidate:
+    """A network about to be cut: what its units are worth and what its widths cost."""
+
+    network: nn.Module
+    graph: ChannelGraph
+    width_cost: WidthCost
+    scores: Scores
+    rules: WidthRules
+    settings: PruneSettings
+    calibration: Sequence[tuple[Tensor, Tensor]]
+
+    def cut(self, selection: Selection) -> nn.Module:
+        """Return a copy of the network with only the units of `selection`."""
+        return cut(copy.deepcopy(self.network), self.graph, selection)
+
+    def smallest(self) -> Selection:
+        """Return the selection with everything scored at its minimum."""
+        return smallest_selection(build_ladders(self.scores, self.graph, self.rules))
+
+    def within(self, limits: Sequence[Limit]) -> Selection:
+        """Return the selection that meets the (absolute, predictable) `limits`."""
+        allocate = find_allocation(self.settings.allocation)
+        loss = self.loss if self.calibration else None
+        return allocate(self.scores, self.graph, self.width_cost, limits, rules=self.rules, loss=loss)
+
+    @torch.no_grad()
+    def loss(self, selection: Selection) -> float:
+        """Return the mean cross-entropy on the calibration images of the network cut to `selection`."""
+        network = self.cut(selection).eval()
+        total = sum(float(functional.cross_entropy(network(x), y, reduction="sum")) for x, y in self.calibration)
+        return total / sum(len(y) for _, y in self.calibration)
+
+
+def prepare_candidate(
+    network: nn.Module,
+    example: Any,
+    minimum: Mapping[str, int],
+    settings: PruneSettings,
+    calibration: Sequence[tuple[Tensor, Tensor]],
+    step: int,
+) -> Candidate:
+    """Trace `network` and score its units; `step` varies what is drawn at random."""
+    graph = trace(network, example)
+    scores = score_units(
+        settings.criterion,
+        network,
+        graph,
+        calibration or None,
+        seed=settings.seed + step,
+        options=settings.criterion_options,
+    )
+    rules = WidthRules(settings.multiple_of, minimum)
+    return Candidate(network, graph, WidthCost(network, example, graph), scores, rules, settings, calibration)
+
+
+def cut(network: nn.Module, graph: ChannelGraph, selection: Selection) -> nn.Module:
+    """Shrink `network` to `selection` in place and return it; `graph` is of this network or one of the same shape."""
+    if selection:
+        apply(network, graph.shrink(selection))
+    return network
+
+
+def check_reachable(candidate: Candidate, budget: Budget, start: Cost, measured: MeasuredLimits) -> None:
+    """Raise `BudgetError` with the smallest reachable cost if the smallest network does not meet `budget`."""
+    network = candidate.cut(candidate.smallest())
+    smallest = count(network, measured.example)
+    if measured.engines:
+        latencies = measured.latencies({"smallest": network})
+        start = replace(start, latency=latencies["start"])
+        smallest = replace(smallest, latency=latencies["smallest"])
+    resolved = budget.resolve(start)
+    if not resolved.met(smallest):
+        share = f"{candidate.settings.min_fraction:.0%}"
+        raise unreachable(resolved, smallest, f"(min_fraction keeps {share} of every layer; less may be set.)")
+
+
+def reach_measured(
+    candidate: Candidate,
+    limits: Sequence[Limit],
+    measured: MeasuredLimits,
+    macs_now: float,
+    *,
+    guess: float | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[Selection, float | None]:
+    """Return the selection with the most MACs that meets `limits` and the `measured` ones, and its cap on MACs.
+
+    Latency is measured on shrunk copies, interleaved with the start, and searched as a function of the MACs that are
+    left. The cap is None if no measured limit asks for one.
+    """
+    settings = candidate.settings
+    plain = candidate.within(limits)
+    smallest = candidate.smallest()
+    networks = {"plain": candidate.cut(plain), "smallest": candidate.cut(smallest)}
+    shares = {name: worst(rows) for name, rows in measured.shares(networks).items()}
+    if shares["plain"] <= 1:
+        return plain, None
+    low = CapPoint(candidate.width_cost.macs(smallest), shares["smallest"])
+    high = CapPoint(min(macs_now, candidate.width_cost.macs(plain)), shares["plain"])
+    found: dict[float, Selection] = {low.cap: smallest}
+
+    def share_at(cap: float) -> float:
+        found[cap] = candidate.within([*limits, macs_limit(cap)])
+        share = worst(measured.shares({"candidate": candidate.cut(found[cap])})["candidate"])
+        note(f"  {cap / macs_now:.0%} of the MACs: {share:.0%} of the limit")
+        return share
+
+    best, _ = search_cap(share_at, low, high, guess=guess, margin=settings.latency_margin)
+    return found[best.cap], best.cap
+
+
+def macs_limit(cap: float) -> Limit:
+    """Return the limit ``macs <= cap``."""
+    return Limit(metric="macs", percentile=None, value=cap, relative=False, engine=None)

@@ -1,0 +1,113 @@
+"""The cheapest blocks first, as few as meet the limits: the search that all allocations share."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from convette.cost import Budget, Cost, Limit, WidthCost, unreachable
+from convette.errors import BudgetError, UsageError
+from convette.pruning.allocation._ladder import Ladder
+
+PREDICTED = ("macs", "parameters", "size")
+Rungs = dict[str, int]
+
+
+def cheapest_first(
+    ladders: Sequence[Ladder],
+    price: Callable[[Ladder, int], float],
+    width_cost: WidthCost,
+    limit: Limit | Sequence[Limit],
+) -> dict[str, Tensor]:
+    """Remove blocks in ascending `price` until every limit is met, then take back what still fits.
+
+    ``price(ladder, i)`` is the price of block i and must not increase with i. Bisects on the number of removed blocks,
+    exact to one block because costs never rise when units go; then offers each group its dearest removed blocks back.
+    Returns a selection that leaves out the groups that stay whole. Raises `BudgetError` with the smallest reachable
+    cost. Costs about log2(blocks) + groups evaluations of `width_cost`.
+    """
+    limits = absolute_limits(limit)
+    blocks = sorted(
+        (
+            (price(ladder, i), position, -i)
+            for position, ladder in enumerate(ladders)
+            for i in range(len(ladder.widths) - 1)
+        )
+    )
+
+    def rungs_after(removed: int) -> Rungs:
+        rungs = {ladder.name: len(ladder.widths) - 1 for ladder in ladders}
+        for _, position, negative in blocks[:removed]:
+            name = ladders[position].name
+            rungs[name] = min(rungs[name], -negative)
+        return rungs
+
+    def fits(rungs: Rungs) -> bool:
+        selection = selection_of(ladders, rungs)
+        return all(predicted(width_cost, one.metric, selection) <= one.value for one in limits)
+
+    if fits(rungs_after(0)):
+        return {}
+    if not fits(rungs_after(len(blocks))):
+        raise out_of_reach(limits, width_cost, selection_of(ladders, rungs_after(len(blocks))))
+    too_few, enough = 0, len(blocks)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if fits(rungs_after(middle)) else (middle, enough)
+    removed = [(ladders[position], -negative) for _, position, negative in blocks[:enough]]
+    return selection_of(ladders, _refill(removed, rungs_after(enough), fits))
+
+
+def _refill(removed: list[tuple[Ladder, int]], rungs: Rungs, fits: Callable[[Rungs], bool]) -> Rungs:
+    full = set()
+    for ladder, block in reversed(removed):
+        if ladder.name in full:
+            continue
+        larger = {**rungs, ladder.name: block + 1}
+        if fits(larger):
+            rungs = larger
+        else:
+            full.add(ladder.name)
+    return rungs
+
+
+def selection_of(ladders: Sequence[Ladder], rungs: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return the kept units of every group that is not whole."""
+    return {
+        ladder.name: ladder.kept(rungs[ladder.name])
+        for ladder in ladders
+        if rungs[ladder.name] < len(ladder.widths) - 1
+    }
+
+
+def smallest_selection(ladders: Sequence[Ladder]) -> dict[str, Tensor]:
+    """Return the selection with every group on its lowest rung."""
+    return selection_of(ladders, {ladder.name: 0 for ladder in ladders})
+
+
+def predicted(width_cost: WidthCost, metric: str, selection: Mapping[str, Tensor]) -> float:
+    """Return the cost of a selection on one of the metrics in `PREDICTED`."""
+    if metric == "macs":
+        return width_cost.macs(selection)
+    if metric == "parameters":
+        return width_cost.parameters(selection)
+    if metric == "size":
+        return width_cost.size(selection)
+    raise UsageError(f"{metric} cannot be predicted from the widths; an allocation takes {', '.join(PREDICTED)}.")
+
+
+def absolute_limits(limit: Limit | Sequence[Limit]) -> tuple[Limit, ...]:
+    """Return the limits as a tuple; `UsageError` for one that is still relative to a start."""
+    limits = (limit,) if isinstance(limit, Limit) else tuple(limit)
+    for one in limits:
+        if one.relative:
+            raise UsageError(
+                f"{one}: an allocation needs an absolute limit; resolve the budget against the start first."
+            )
+    return limits
+
+
+def out_of_reach(limits: Sequence[Limit], width_cost: WidthCost, smallest: Mapping[str, Tensor]) -> BudgetError:
+    """Return the error that says which limit is missed by the smallest selection, and by how much."""
+    macs, parameters, size = (int(predicted(width_cost, metric, smallest)) for metric in PREDICTED)
+    cost = Cost(parameters=parameters, macs=macs, size=size, memory=0)
+    return unreachable(Budget(tuple(limits)), cost, "(min_fraction and multiple_of bound how far layers shrink.)")

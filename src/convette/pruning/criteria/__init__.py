@@ -1,0 +1,73 @@
+"""Criteria: what a unit is worth. One file each; any of them goes with any allocation and schedule.
+
+A criterion is a function ``(model, graph, calibration=None, **its own options) -> {group name: score per unit}``;
+larger scores are kept longer. `CRITERIA` maps the names that recipes use to the functions.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from convette.errors import UsageError, did_you_mean
+from convette.pruning.criteria.bn_scale import bn_scale
+from convette.pruning.criteria.l1 import l1
+from convette.pruning.criteria.l2 import l2
+from convette.pruning.criteria.lamp import lamp
+from convette.pruning.criteria.random import random
+from convette.pruning.criteria.taylor import taylor
+from convette.surgery import ChannelGraph
+
+__all__ = ["CRITERIA", "bn_scale", "find_criterion", "l1", "l2", "lamp", "random", "score_units", "taylor"]
+
+CRITERIA: dict[str, str] = {
+    "bn_scale": "convette.pruning.criteria.bn_scale:bn_scale",
+    "l1": "convette.pruning.criteria.l1:l1",
+    "l2": "convette.pruning.criteria.l2:l2",
+    "lamp": "convette.pruning.criteria.lamp:lamp",
+    "random": "convette.pruning.criteria.random:random",
+    "taylor": "convette.pruning.criteria.taylor:taylor",
+}
+NEED_DATA = frozenset({"taylor"})
+
+
+def find_criterion(name: str) -> Callable[..., dict[str, Tensor]]:
+    """Return the criterion called `name`; `UsageError` if there is none."""
+    if name not in CRITERIA:
+        raise UsageError(f"criterion {name!r} is unknown.{did_you_mean(name, CRITERIA)}")
+    module, symbol = CRITERIA[name].split(":")
+    return getattr(import_module(module), symbol)
+
+
+def score_units(
+    name: str,
+    model: nn.Module,
+    graph: ChannelGraph,
+    calibration: Iterable[Any] | None = None,
+    *,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """Score the units of `graph` by the criterion called `name`, with its own `options`.
+
+    `seed` goes to the criteria that draw numbers. Raises `UsageError` for an unknown name or option, or where the
+    criterion needs data and `calibration` is None; `StructureError` for a score that is not finite.
+    """
+    criterion = find_criterion(name)
+    check_options(name, options or {})
+    known = inspect.signature(criterion).parameters
+    arguments = dict(options or {})
+    if "seed" in known:
+        arguments.setdefault("seed", seed)
+    return criterion(model, graph, calibration, **arguments)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise `UsageError` if the criterion called `name` has not all of `options`."""
+    parameters = inspect.signature(find_criterion(name)).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise UsageError(f"criterion {name} has no option {option!r}.{did_you_mean(option, known)}")

@@ -1,0 +1,106 @@
+"""What a pruning run gives back."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from convette.cost import Cost
+from convette.surgery import card_of, set_card
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Where the network stood after a step; step 0 is the start.
+
+    `cost` is counted, not predicted (its latency is filled only where it was measured). Accuracies are shares on the
+    validation split, None without data; `accuracy_before_recovery` is after the cut and the recalibration of batch
+    norm. `units`: removable units left. `seconds`: of this step, measuring included.
+    """
+
+    step: int
+    cost: Cost
+    units: int
+    epochs: int = 0
+    accuracy_before_recovery: float | None = None
+    accuracy: float | None = None
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; `from_json` reads them back."""
+        return {**{key: getattr(self, key) for key in self.__dataclass_fields__}, "cost": self.cost.to_json()}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "StepRecord":
+        """Read back what `to_json` wrote."""
+        return StepRecord(**{**value, "cost": Cost.from_json(value["cost"])})
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """The pruned network and how it came about.
+
+    - `model`: a new network; the one given to `prune` is as it was.
+    - `start`, `end`: costs; latencies of both, where the budget asks for them, are from one interleaved measurement at
+      the end.
+    - `statuses`: one a limit (`convette.cost.LimitStatus`): its absolute bound, the value reached, met or not.
+    - `steps`: the way from start to end, step 0 first.
+    - `widths`: output channels before and after of every layer that has some, by module name.
+    - `recovery`: the epochs of training, in order. `seconds`: of the whole run, earlier sittings included.
+    """
+
+    model: nn.Module
+    start: Cost
+    end: Cost
+    statuses: tuple[Any, ...]
+    steps: tuple[StepRecord, ...]
+    widths: Mapping[str, tuple[int, int]]
+    recovery: tuple[Any, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def removed(self) -> dict[str, tuple[int, int]]:
+        """The layers that became narrower: channels before and after, by module name."""
+        return {layer: width for layer, width in self.widths.items() if width[0] != width[1]}
+
+    @property
+    def met(self) -> bool:
+        """Whether every limit of the budget is met."""
+        return all(status.met for status in self.statuses)
+
+
+def widths_of(before: nn.Module, after: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the output channels of every convolution and linear layer before and after, by module name."""
+    old = dict(before.named_modules())
+    widths = {}
+    for name, module in after.named_modules():
+        if (now := _width(module)) is not None and (then := _width(old.get(name))) is not None:
+            widths[name] = (then, now)
+    return widths
+
+
+def _width(module: nn.Module | None) -> int | None:
+    for attribute in ("out_channels", "out_features"):
+        if isinstance(width := getattr(module, attribute, None), int) and isinstance(
+            getattr(module, "weight", None), nn.Parameter
+        ):
+            return width
+    return None
+
+
+def write_history(model: nn.Module, result: PruneResult, budget: str, settings: Any) -> None:
+    """Append this run to the history on the model's card: settings, costs and accuracies, as JSON values."""
+    figures = ("macs", "parameters", "size")
+    entry = {
+        "step": "prune",
+        "budget": budget,
+        "settings": asdict(settings),
+        "start": {name: getattr(result.start, name) for name in figures},
+        "end": {name: getattr(result.end, name) for name in figures},
+        "accuracy_before": result.steps[0].accuracy,
+        "accuracy": result.steps[-1].accuracy,
+        "seconds": round(result.seconds, 1),
+    }
+    card = card_of(model)
+    set_card(model, replace(card, history=(*card.history, entry)))

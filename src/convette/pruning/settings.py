@@ -1,0 +1,63 @@
+"""The choices of a pruning run, as a recipe holds them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from convette.errors import UsageError
+from convette.pruning.allocation import find_allocation
+from convette.pruning.criteria import check_options
+
+OptionValue = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """How `prune` gets to the budget.
+
+    - `criterion`, `criterion_options`: what a unit is worth (a name in `CRITERIA`, and that function's own options).
+    - `allocation`: where the budget is spent (a name in `ALLOCATIONS`).
+    - `steps`: the cost falls in this many steps, each by the same factor; scores are taken anew at each.
+    - `epochs`: recovery by training, over the whole run: every step gets ``epochs // steps``, the last the rest as
+      well.
+    - `distil`: the unpruned network teaches during recovery. `recalibrate`: batch-norm statistics are taken anew on
+      training images after each cut.
+    - `multiple_of`: channels stay in multiples of this. `min_fraction`: this share of every group's units stays at
+      least.
+    - `calibration_images`: training images for the criteria and allocations that need data.
+    - `latency_margin`: a latency limit is aimed at from this share below, so that noise does not tip it over.
+    - `seed`: of everything drawn at random.
+
+    Raises `UsageError` for a value out of range or an unknown name.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    criterion: str = "l1"
+    criterion_options: Mapping[str, OptionValue] = field(default_factory=dict)
+    allocation: str = "global"
+    steps: int = 5
+    epochs: int = 3
+    distil: bool = True
+    recalibrate: bool = True
+    multiple_of: int = 1
+    min_fraction: float = 0.1
+    calibration_images: int = 256
+    latency_margin: float = 0.03
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_options(self.criterion, self.criterion_options)
+        find_allocation(self.allocation)
+        for name, least in (("steps", 1), ("epochs", 0), ("multiple_of", 1), ("calibration_images", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"prune.{name} = {getattr(self, name)}: at least {least} is needed.")
+        if not 0 <= self.min_fraction <= 1:
+            raise UsageError(f"prune.min_fraction = {self.min_fraction}: a share between 0 and 1 is needed.")
+        if not 0 <= self.latency_margin < 0.5:
+            raise UsageError(f"prune.latency_margin = {self.latency_margin}: a share between 0 and 0.5 is needed.")
+
+    def epochs_of(self, step: int) -> int:
+        """Return the recovery epochs of `step` (1-based); the network at its final size gets the remainder."""
+        share, rest = divmod(self.epochs, self.steps)
+        return share + rest if step == self.steps else share

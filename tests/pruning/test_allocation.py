@@ -1,0 +1,161 @@
+import copy
+from math import ceil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from convette.cost import Limit, WidthCost, count
+from convette.errors import BudgetError, StructureError, UsageError
+from convette.pruning import ALLOCATIONS, WidthRules, find_allocation, global_ranking, l1, per_layer, random, uniform
+from convette.surgery import apply, trace
+
+NAMES = sorted(ALLOCATIONS)
+UNSHAKEN = [HealthCheck.function_scoped_fixture]
+
+
+def limit(metric: str, value: float) -> Limit:
+    return Limit(metric=metric, percentile=None, value=value, relative=False, engine=None)
+
+
+def removed_share(graph):
+    """A loss that rises with the share of units that go, ten times as fast in the inner group."""
+    sizes = {group.name: group.size for group in graph.groups}
+
+    def loss(selection):
+        return 1 + sum((10 if n == "inner" else 1) * (1 - len(kept) / sizes[n]) for n, kept in selection.items())
+
+    return loss
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("metric", ["macs", "parameters", "size"])
+@settings(max_examples=8, deadline=None, suppress_health_check=UNSHAKEN)
+@given(share=st.floats(0.15, 0.99), seed=st.integers(0, 99))
+def test_limits_are_met_tightly_and_exactly(network, graph, example, name, metric, share, seed):
+    width_cost = WidthCost(network, example, graph)
+    start = count(network, example).get(metric)
+    scores = random(network, graph, seed=seed)
+    bound = share * start
+    selection = find_allocation(name)(scores, graph, width_cost, limit(metric, bound), loss=removed_share(graph))
+    graph.check(selection)
+    shrunk = copy.deepcopy(network)
+    apply(shrunk, graph.shrink(selection))
+    reached = count(shrunk, example).get(metric)
+    assert reached == getattr(width_cost, metric)(selection)
+    assert reached <= bound
+    for group in graph.groups:
+        kept = selection.get(group.name, torch.arange(group.size))
+        gone = sorted(set(range(group.size)) - set(kept.tolist()), key=lambda unit: float(scores[group.name][unit]))
+        if gone:
+            assert scores[group.name][kept].min() >= scores[group.name][gone[-1]]
+            more = {**selection, group.name: torch.tensor(sorted([*kept.tolist(), gone[-1]]))}
+            assert getattr(width_cost, metric)(more) > bound
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_goes_where_the_limit_is_met(network, graph, example, name):
+    width_cost = WidthCost(network, example, graph)
+    whole = limit("macs", width_cost.macs({}))
+    assert find_allocation(name)(l1(network, graph), graph, width_cost, whole, loss=removed_share(graph)) == {}
+
+
+def test_several_limits_hold_together(network, graph, example):
+    width_cost = WidthCost(network, example, graph)
+    limits = [limit("macs", 0.7 * width_cost.macs({})), limit("parameters", 0.4 * width_cost.parameters({}))]
+    selection = global_ranking(l1(network, graph), graph, width_cost, limits)
+    assert all(getattr(width_cost, one.metric)(selection) <= one.value for one in limits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rules_hold(network, graph, example, name):
+    width_cost = WidthCost(network, example, graph)
+    rules = WidthRules(multiple_of=4, minimum={group.name: ceil(0.4 * group.size) for group in graph.groups})
+    half = limit("macs", 0.5 * width_cost.macs({}))
+    loss = removed_share(graph)
+    selection = find_allocation(name)(l1(network, graph), graph, width_cost, half, rules=rules, loss=loss)
+    sizes = {group.name: group.size for group in graph.groups}
+    assert selection
+    for group, kept in selection.items():
+        assert len(kept) % 4 == 0
+        assert len(kept) >= 0.4 * sizes[group]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_parts_stay_equal(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 20, 7)
+    ).eval()
+    example = torch.randn(1, 3, 9, 8)
+    graph = trace(model, example)
+    width_cost = WidthCost(model, example, graph)
+    tied = [group for group in graph.groups if group.constraints.parts > 1]
+    assert tied
+    selection = find_allocation(name)(
+        random(model, graph, seed=1),
+        graph,
+        width_cost,
+        limit("macs", 0.5 * width_cost.macs({})),
+        loss=removed_share(graph),
+    )
+    graph.check(selection)
+    before = model(example).shape
+    apply(model, graph.shrink(selection))
+    assert model(example).shape == before
+    assert count(model, example).macs == width_cost.macs(selection)
+
+
+def test_global_takes_the_lowest_scores_wherever_they_are(network, graph, example):
+    scores = {group.name: torch.ones(group.size) for group in graph.groups}
+    scores["inner"] = torch.linspace(0.01, 0.5, 12)
+    width_cost = WidthCost(network, example, graph)
+    selection = global_ranking(scores, graph, width_cost, limit("macs", 0.8 * width_cost.macs({})))
+    assert set(selection) == {"inner"}
+    assert selection["inner"].tolist() == list(range(12 - len(selection["inner"]), 12))
+
+
+def test_uniform_takes_the_same_share(network, graph, example):
+    width_cost = WidthCost(network, example, graph)
+    selection = uniform(l1(network, graph), graph, width_cost, limit("macs", 0.3 * width_cost.macs({})))
+    for group in graph.groups:
+        assert len(selection[group.name]) / group.size == pytest.approx(0.53, abs=1.6 / group.size)
+
+
+def test_per_layer_spares_what_the_loss_needs(network, graph, example):
+    width_cost = WidthCost(network, example, graph)
+    half = limit("macs", 0.5 * width_cost.macs({}))
+    kept = per_layer(l1(network, graph), graph, width_cost, half, loss=removed_share(graph))
+    sizes = {group.name: group.size for group in graph.groups}
+    shares = {name: len(kept[name]) / sizes[name] if name in kept else 1.0 for name in sizes}
+    assert shares["inner"] > 0.85 and max(shares[name] for name in sizes if name != "inner") < 0.75
+
+
+def test_groups_without_scores_stay_whole(network, graph, example):
+    width_cost = WidthCost(network, example, graph)
+    scores = {"inner": l1(network, graph)["inner"]}
+    assert set(global_ranking(scores, graph, width_cost, limit("macs", 0.8 * width_cost.macs({})))) == {"inner"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_out_of_reach_names_the_smallest(network, graph, example, name):
+    width_cost = WidthCost(network, example, graph)
+    with pytest.raises(BudgetError, match=r"macs.*at the least"):
+        find_allocation(name)(l1(network, graph), graph, width_cost, limit("macs", 1200), loss=removed_share(graph))
+
+
+def test_what_cannot_be_asked_for_is_named(network, graph, example):
+    width_cost = WidthCost(network, example, graph)
+    half = Limit(metric="macs", percentile=None, value=0.5, relative=True, engine=None)
+    with pytest.raises(UsageError, match="absolute"):
+        global_ranking(l1(network, graph), graph, width_cost, half)
+    with pytest.raises(UsageError, match="memory"):
+        global_ranking(l1(network, graph), graph, width_cost, limit("memory", 1e4))
+    with pytest.raises(UsageError, match="per_layer measures the loss"):
+        per_layer(l1(network, graph), graph, width_cost, limit("macs", 1e5))
+    with pytest.raises(StructureError, match="nan"):
+        per_layer(l1(network, graph), graph, width_cost, limit("macs", 1e5), loss=lambda selection: float("nan"))
+    with pytest.raises(UsageError, match=r"'globl'.*'global'"):
+        find_allocation("globl")
