@@ -231,6 +231,14 @@ def test_weights_load_from_safetensors(tmp_path):
     assert _equal(source, create_model("mobilenet_v2_035", seed=1, weights=tmp_path / "w.safetensors"))
 
 
+def test_weights_of_before_batches_were_counted_load(tmp_path):
+    source, target = create_model("resnet20", seed=0), create_model("resnet20", seed=1)
+    state = {n: t for n, t in source.state_dict().items() if not n.endswith("num_batches_tracked")}
+    save_file(state, tmp_path / "w.safetensors")
+    load_weights(target, tmp_path / "w.safetensors")
+    assert _equal(source, target)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -104,7 +104,8 @@ def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_fit(path: Path, tensors: Mapping[str, Tensor], target: Mapping[str, Any]) -> None:
-    missing = [name for name in target if name not in tensors]
+    # Batch norms of before PyTorch 0.4.1 did not count their batches; PyTorch loads them with a count of 0.
+    missing = [name for name in target if name not in tensors and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in tensors if name not in target]
     shapes = [name for name in target if name in tensors and tensors[name].shape != target[name].shape]
     for names, what in ((missing, "is missing"), (unexpected, "is not part of the model")):
