@@ -13,6 +13,7 @@ from convette.cost._tables import (
     format_milliseconds,
     status_table,
 )
+from convette.cost._widths import WidthCost
 
 __all__ = [
     "CONVENTION",
@@ -25,6 +26,7 @@ __all__ = [
     "LayerCost",
     "Limit",
     "LimitStatus",
+    "WidthCost",
     "available_engines",
     "cost_table",
     "count",

@@ -36,7 +36,7 @@ class Limit:
 
     metric: str
     percentile: str | None
-    value: float
+    value: int | float
     relative: bool
     engine: str | None
 
@@ -57,7 +57,7 @@ class LimitStatus:
     """How a cost stands against one (absolute) limit: the value found, and whether it is within it."""
 
     limit: Limit
-    value: float
+    value: int | float
     met: bool
 
 
@@ -80,6 +80,8 @@ class Budget:
         """
         if isinstance(text, Budget):
             return text
+        if isinstance(text, str) and (comma := re.search(r"[<=≤]\s*(\d+),(\d+)", text)):
+            raise UsageError(f"budget {text!r}: write {comma[1]}.{comma[2]} with a point; commas stand between limits.")
         parts = text.split(",") if isinstance(text, str) else [part for item in text for part in item.split(",")]
         parts = [part.strip() for part in parts if part.strip()]
         if not parts:
@@ -167,7 +169,9 @@ def status_text(statuses: Iterable[LimitStatus]) -> str:
     parts = []
     for status in statuses:
         key, limit = status.limit.key, status.limit.value
-        verdict = "met" if status.met else f"over by {100 * (status.value / limit - 1):.3g} %"
+        times = status.value / limit
+        over = f"{times:.3g} times too much" if times >= 2 else f"over by {100 * (times - 1):.2g} %"
+        verdict = "met" if status.met else over
         parts.append(f"{key} {format_figure(key, status.value)} of {format_figure(key, limit)}: {verdict}")
     return "; ".join(parts)
 
@@ -191,11 +195,12 @@ def unreachable(budget: Budget, smallest: Cost, note: str = "") -> BudgetError:
 def _parse_limit(part: str) -> Limit:
     where = f"budget limit {part!r}"
     head, sign, tail = re.match(r"\s*([^<>=≤≥@]*)\s*([<>=≤≥]*)(.*)", part, re.DOTALL).groups()  # type: ignore[union-attr]
+    if not sign and tail.startswith("@") and (misplaced := re.fullmatch(r"@\s*([^<≤]*?)\s*(?:<=|≤)\s*(.*)", tail)):
+        name, value = misplaced.groups()
+        raise UsageError(f"{where}: name the engine behind the value: {head.strip()}<={value}@{name}.")
     if sign not in ("<=", "≤"):
         found = f"uses {sign!r}" if sign else "has no '<='"
-        raise UsageError(
-            f"{where} {found}: write METRIC<=VALUE, for example macs<=40% (a point, not a comma, in 1.5G)."
-        )
+        raise UsageError(f"{where} {found}: write METRIC<=VALUE, for example macs<=40% or latency<=2ms@openvino:cpu.")
     metric, percentile = _metric(head.strip(), where)
     value, _, engine = tail.partition("@")
     number, relative = parse_value(metric, value, where)

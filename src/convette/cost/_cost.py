@@ -88,7 +88,7 @@ class Cost:
     uncounted: tuple[str, ...] = ()
     latency: Mapping[str, Latency] = field(default_factory=dict)
 
-    def get(self, metric: str) -> float:
+    def get(self, metric: str) -> int | float:
         """Return one figure by name: "macs", "parameters", "size", "memory", "latency.p95@openvino:cpu".
 
         "latency" alone is the p50 of the only engine measured, or of `DEFAULT_ENGINE` if there are several. Latencies
@@ -115,9 +115,9 @@ class Cost:
             raise UsageError(f"No latency was measured on {engine!r} (measured: {known}); measure with that engine.")
         return self.latency[engine]
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, int | float]:
         """All figures by the names that `get` takes, latencies as "latency.p50@ENGINE" and so on."""
-        values: dict[str, float] = {name: getattr(self, name) for name in METRICS if name != "latency"}
+        values: dict[str, int | float] = {name: getattr(self, name) for name in METRICS if name != "latency"}
         for engine in self.latency:
             for percentile in PERCENTILES:
                 name = f"latency.{percentile}@{engine}"
@@ -129,11 +129,14 @@ class Cost:
         before = start.figures()
         return {name: value / before[name] for name, value in self.figures().items() if before.get(name)}
 
-    def table(self) -> Any:
-        """The rows as a `rich` table with totals; its caption states the convention."""
+    def table(self, everything: bool = False) -> Any:
+        """The rows as a `rich` table with totals; its caption states the convention.
+
+        Layers without MACs share the last row, unless `everything` is asked for.
+        """
         from convette.cost._tables import cost_table
 
-        return cost_table(self)
+        return cost_table(self, everything)
 
     def to_json(self) -> dict[str, Any]:
         """Return the cost as plain JSON values, `from_json` reads it back."""

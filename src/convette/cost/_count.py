@@ -139,29 +139,34 @@ def _moved(example: Example, device: torch.device | None) -> Example:
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards modes, attributes of the modules and random state are as before."""
-    modules = list(model.modules())
-    before = [dict(m.__dict__) for m in modules]
-    tensors = [(m.training, dict(m._parameters), dict(m._buffers)) for m in modules]
     state = random.getstate()
+    before = [(module, module.training, dict(module.__dict__), _containers(module)) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
             model.eval()
             yield
     finally:
-        random.setstate(state)
-        for module, attributes, (training, parameters, buffers) in zip(modules, before, tensors, strict=True):
+        for module, training, attributes, containers in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
             module.training = training
-            _put_back(module._parameters, parameters)
-            _put_back(module._buffers, buffers)
+            for container, contents in containers:
+                _put_back(container, contents)
+        random.setstate(state)
 
 
-def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
-    if any(now.get(name) is not value for name, value in before.items()) or len(now) != len(before):
-        now.clear()
-        now.update(before)
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    # Parameters and buffers, but also what modules cache at inference (LeViT its attention biases).
+    return [(value, value.copy()) for value in module.__dict__.values() if isinstance(value, (dict, list, set))]
+
+
+def _put_back(container: Any, contents: Any) -> None:
+    if isinstance(container, list):
+        container[:] = contents
+    else:
+        container.clear()
+        container.update(contents)
 
 
 @contextlib.contextmanager

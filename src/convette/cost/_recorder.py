@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from convette.cost._formulas import FORMULAS, LINEAR, MATMUL, UNCOUNTED_BY_CONVENTION, Term
 
+# These update running statistics without saying so in their schema.
+_SILENT_WRITERS = frozenset({"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"})
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -209,11 +212,14 @@ class Recorder(TorchDispatchMode):
 
     def _protect(self, func: Any, args: Any, kwargs: Any) -> None:
         """Copy a parameter or buffer before the run writes into it, to put it back afterwards."""
-        if not hasattr(func, "_schema") or not func._schema.is_mutable:
+        if not hasattr(func, "_schema"):
             return
-        arguments = func._schema.arguments
-        for position, argument in enumerate(arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
+        silent = func._schema.name in _SILENT_WRITERS
+        if not silent and not func._schema.is_mutable:
+            return
+        for position, argument in enumerate(func._schema.arguments):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if not written and not (silent and argument.name.startswith("running_")):
                 continue
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             for x in tree_leaves(value):

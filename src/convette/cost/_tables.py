@@ -1,36 +1,38 @@
 """Figures and costs as people read them: numbers with units, rich tables."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from convette.cost._cost import CONVENTION, Cost
+from convette.cost._cost import CONVENTION, Cost, LayerCost
 from convette.errors import UsageError
 from convette.runtime import Latency
 
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
 
 
-def format_count(value: float) -> str:
+def format_count(value: int | float) -> str:
     """A count with three or four digits and K, M, G or T: 1814073344 is "1.814 G"."""
     for factor, unit in _DECIMAL:
-        if abs(value) >= factor:
+        # What rounds up to a thousand of the next smaller unit is written in this one.
+        if abs(value) >= 0.99995 * factor:
             return f"{value / factor:.4g} {unit}"
     return f"{value:.4g}"
 
 
-def format_bytes(value: float) -> str:
+def format_bytes(value: int | float) -> str:
     """Bytes with decimal units: 46827520 is "46.83 MB"."""
-    return f"{format_count(value)}B" if abs(value) >= 1000 else f"{value:.4g} B"
+    text = format_count(value)
+    return f"{text}B" if " " in text else f"{text} B"
 
 
-def format_milliseconds(value: float) -> str:
+def format_milliseconds(value: int | float) -> str:
     """Milliseconds as s, ms or us, whichever reads best: 0.0421 is "42.1 us"."""
     if abs(value) >= 1000:
         return f"{value / 1000:.3g} s"
     return f"{value:.3g} ms" if abs(value) >= 0.1 else f"{value * 1000:.3g} us"
 
 
-def format_figure(metric: str, value: float) -> str:
+def format_figure(metric: str, value: int | float) -> str:
     """The value of a metric ("macs", "latency.p95@openvino:cpu" ...) with its unit."""
     name = metric.partition("@")[0].partition(".")[0]
     formatter = {"latency": format_milliseconds, "size": format_bytes, "memory": format_bytes}.get(name, format_count)
@@ -41,8 +43,11 @@ def format_shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def cost_table(cost: Cost) -> Any:
-    """One row a layer with totals below; the caption states the convention and what is not in the figures."""
+def cost_table(cost: Cost, everything: bool = False) -> Any:
+    """One row a layer with totals below; the caption states the convention and what is not in the figures.
+
+    Layers without MACs (normalisations and the like) share the last row, unless `everything` is asked for.
+    """
     from rich.table import Table
 
     caption = CONVENTION
@@ -50,20 +55,37 @@ def cost_table(cost: Cost) -> Any:
         caption = f"Without a formula, not counted: {', '.join(cost.uncounted)}. {caption}"
     table = Table(title=f"Cost on {cost.inputs}" if cost.inputs else "Cost", caption=caption, show_footer=True)
     totals = (format_count(cost.parameters), format_count(cost.macs), "100 %" if cost.macs else "")
-    table.add_column("layer", footer="total", overflow="fold")
-    table.add_column("kind")
-    table.add_column("output")
+    table.add_column("layer", footer="total", overflow="fold", min_width=12)
+    table.add_column("kind", overflow="fold")
+    table.add_column("output", overflow="fold")
     for title, footer in zip(("parameters", "MACs", "share"), totals, strict=True):
         table.add_column(title, justify="right", footer=footer)
     table.add_column("norm", justify="right", footer=format_count(cost.norm_macs))
     table.add_column("bias", justify="right", footer=format_count(cost.bias_macs))
-    for layer in cost.layers:
+    rows, others = list(cost.layers), [layer for layer in cost.layers if not layer.macs]
+    if not everything and others:
+        rows = [layer for layer in rows if layer.macs]
+        rows.append(_together(others))
+    for layer in rows:
         share = f"{100 * layer.macs / cost.macs:.1f} %" if layer.macs and cost.macs else ""
         values = (format_count(v) if v else "" for v in (layer.parameters, layer.macs))
         norm, bias = (format_count(v) if v else "" for v in (layer.norm_macs, layer.bias_macs))
         name = layer.name or "(network)"
         table.add_row(name, layer.kind, format_shape(layer.output_shape), *values, share, norm, bias)
     return table
+
+
+def _together(layers: Sequence[LayerCost]) -> LayerCost:
+    kinds = sorted({layer.kind for layer in layers})
+    return LayerCost(
+        name=f"{len(layers)} without MACs",
+        kind=", ".join(kinds[:2]) + (" ..." if len(kinds) > 2 else ""),
+        macs=0,
+        parameters=sum(layer.parameters for layer in layers),
+        output_shape=(),
+        norm_macs=sum(layer.norm_macs for layer in layers),
+        bias_macs=sum(layer.bias_macs for layer in layers),
+    )
 
 
 def engine_table(latencies: Mapping[str, Latency], reference: str | None = None) -> Any:
