@@ -13,8 +13,9 @@ epochs = 30
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,6 +28,11 @@ from convette.pipeline._toml import line_of, read_toml
 from convette.pruning import PruneSettings
 from convette.quantization import QuantizeSettings
 from convette.training import TrainSettings
+
+
+TRAIN = TrainSettings()
+# Recovery after pruning takes this share of the training's epochs more.
+RECOVERY_SHARE = 0.5
 
 
 class Section(BaseModel):
@@ -104,7 +110,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     budget: BudgetSection = BudgetSection()
-    train: TrainSettings = TrainSettings()
+    train: TrainSettings = TRAIN
     prune: PruneSettings = PruneSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     export: ExportSection = ExportSection()
@@ -120,15 +126,7 @@ class Recipe(Section):
         tables = dict(tables)
         if isinstance(tables.get("budget"), str):
             tables["budget"] = {"limits": tables["budget"]}
-        return _without_nulls(tables)
-
-    @model_validator(mode="after")
-    def _one_seed(self) -> "Recipe":
-        # Sections that were not given a seed of their own follow the run's.
-        for name in ("train", "prune"):
-            if name not in self.model_fields_set:
-                object.__setattr__(self, name, replace(getattr(self, name), seed=self.run.seed))
-        return self
+        return _without_nulls(_with_followers(tables))
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Return every section and key as plain JSON values."""
@@ -185,10 +183,9 @@ def build_recipe(
     if isinstance(merged.get("budget"), str):
         merged["budget"] = {"limits": merged["budget"]}
     given = dict(overrides or {})
+    _unfollow(merged, given)
     if "run.seed" in given:
-        given |= {f"{name}.seed": given.get(f"{name}.seed", given["run.seed"]) for name in ("train", "prune")}
-    else:
-        _follow_seed(merged)
+        given |= {f"{name}.seed": given.get(f"{name}.seed", given["run.seed"]) for name in ("train", "prune", "quantize")}
     for dotted, value in given.items():
         section, _, key = dotted.partition(".")
         table = merged.setdefault(section, {})
@@ -215,13 +212,31 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def _follow_seed(tables: dict[str, Any]) -> None:
-    run = tables.get("run")
-    seed = run.get("seed") if isinstance(run, dict) else None
-    for name in ("train", "prune"):
-        table = tables.get(name)
-        if seed is not None and isinstance(table, dict):
-            table.setdefault("seed", seed)
+def _unfollow(tables: dict[str, Any], given: Mapping[str, Any]) -> None:
+    # A recipe that was written out holds every key. Recovery that only followed the old length follows the new one.
+    train, prune = tables.get("train"), tables.get("prune")
+    if "train.epochs" in given and isinstance(train, dict) and isinstance(prune, dict):
+        old = train.get("epochs", TRAIN.epochs)
+        if isinstance(old, int) and prune.get("epochs") == _recovery_epochs(old):
+            del prune["epochs"]
+
+
+def _recovery_epochs(epochs: int) -> int:
+    return max(1, math.ceil(RECOVERY_SHARE * epochs))
+
+
+def _with_followers(tables: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the keys that follow another one unless they are given: seeds the run's, recovery the training's length."""
+    run, train = tables.get("run", {}), tables.get("train", {})
+    seed = run.get("seed", 0) if isinstance(run, dict) else getattr(run, "seed", 0)
+    epochs = train.get("epochs", TRAIN.epochs) if isinstance(train, dict) else getattr(train, "epochs", TRAIN.epochs)
+    for section in ("train", "prune", "quantize"):
+        table = tables.get(section, {})
+        if isinstance(table, dict):
+            tables[section] = {"seed": seed, **table}
+    if isinstance(tables["prune"], dict) and isinstance(epochs, int):
+        tables["prune"] = {"epochs": _recovery_epochs(epochs), **tables["prune"]}
+    return tables
 
 
 def _without_nulls(tables: dict[str, Any]) -> dict[str, Any]:

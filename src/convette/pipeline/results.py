@@ -155,21 +155,23 @@ class Candidate(Part):
     """One precision that was tried: accuracy on the validation split, median latency in milliseconds, bytes."""
 
     name: str
-    engine: str | None
+    engine: str
+    precision: str
     accuracy: float
     latency: float
     size: int
-    file: str | None = None
-    note: str = ""
+    file: str
 
 
 class QuantizationResult(StageResult):
     """`quantize/result.json`."""
 
     candidates: list[Candidate]
+    failures: list[str]
     kept: str
+    precision: str
     reason: str
-    file: str | None = None
+    file: str | None
 
 
 class ExportedFile(Part):

@@ -16,6 +16,7 @@ from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import RESULT_FILE, RUN_FILE, RunRecord, StageResult, StageState, Summary, read_result, read_run
 
 CHECKPOINTS = "checkpoint"
+LOGS = "log"
 LOCK_FILE = "run.lock"
 RECIPE_FILE = "recipe.toml"
 # What `_files.replacing` calls a file that is still being written.
@@ -40,13 +41,17 @@ class RunFolder:
         """Return the folder in which `stage` keeps what it needs to go on after a crash."""
         return self.path / stage / CHECKPOINTS
 
+    def logs(self, stage: str) -> Path:
+        """Return the folder for the logs of `stage`: one row an epoch, kept from sitting to sitting."""
+        return self.path / stage / LOGS
+
     def begin(self, stage: str) -> Path:
-        """Return the empty folder for the results of `stage`; its checkpoints of an earlier sitting are kept."""
+        """Return the empty folder for the results of `stage`; checkpoints and logs of an earlier sitting are kept."""
         folder = self.path / stage
         with _files.storage_errors(folder):
             folder.mkdir(exist_ok=True)
             for item in folder.iterdir():
-                if item.name != CHECKPOINTS:
+                if item.name not in (CHECKPOINTS, LOGS):
                     _remove(item)
         return folder
 

@@ -1,0 +1,197 @@
+"""Looking at one network outside a run: open it by name or file, find the input it takes, measure it, draw its maps."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from convette import data, models, surgery
+from convette._files import replacing
+from convette.cost import Budget, Cost, LimitStatus, format_bytes, format_count, format_milliseconds, status_text
+from convette.cost import measure as measure_cost
+from convette.data import Preprocessing
+from convette.errors import UsageError
+from convette.runtime import missing
+
+CIFAR_SIDE, IMAGENET_SIDE = 32, 224
+_IMAGENET_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def open_model(
+    name: str,
+    *,
+    weights: str | None = None,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Return the network `name` (a name or a convette file) in eval mode; see `convette.create_model`."""
+    return models.create_model(
+        name, num_classes=num_classes, in_channels=in_channels, pretrained=pretrained, weights=weights, seed=seed
+    ).eval()
+
+
+def input_of(model: nn.Module, image_size: int | None = None) -> Preprocessing:
+    """Return the input a network takes: from its card, from what timm says, else by where it comes from.
+
+    `image_size` overrides the side. A network that says nothing about normalisation gets ImageNet's for three channels.
+    """
+    card = surgery.card_of(model)
+    if card.preprocessing:
+        found = Preprocessing.from_json(card.preprocessing)
+    else:
+        origin = surgery.structure_log(model).origin
+        channels = int(origin.arguments.get("in_channels", 3)) if origin else 3
+        side = _side(model, origin.constructor if origin else "")
+        mean, std = models.known_preprocessing(model) or (
+            _IMAGENET_NORMALISATION if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+        )
+        found = Preprocessing(channels, side, side, mean, std)
+    return replace(found, height=image_size, width=image_size) if image_size else found
+
+
+def _side(model: nn.Module, constructor: str) -> int:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if "input_size" in config:
+        return int(config["input_size"][-1])
+    name = constructor.partition(":")[2]
+    ours = constructor.startswith("convette:")
+    if ours and (name.startswith("simplenet_cifar") or models.CONSTRUCTORS.get(name) == "cifar_resnet"):
+        return CIFAR_SIDE
+    return 299 if name == "inception_v3" else IMAGENET_SIDE
+
+
+def cost_of(
+    model: nn.Module,
+    engines: tuple[str, ...] | None = None,
+    *,
+    batch_size: int = 1,
+    image_size: int | None = None,
+    budget: str | None = None,
+) -> tuple[Cost, tuple[LimitStatus, ...]]:
+    """Return the cost of a network on noise of its input's shape, and how it stands against an (absolute) `budget`.
+
+    `engines`: where to measure latency; None: eager, ONNX Runtime and OpenVINO (and those the budget names); empty: nowhere.
+    """
+    limits = Budget.parse(budget).on("eager:cpu") if budget else None
+    if limits and any(limit.relative for limit in limits.limits):
+        raise UsageError(f"budget {budget!r}: one network has no start to be relative to; give absolute limits.")
+    wanted = ("eager:cpu", "onnxruntime:cpu", "openvino:cpu") if engines is None else engines
+    if engines is None:
+        wanted = tuple(engine for engine in wanted if missing(engine) is None)
+    wanted = tuple(dict.fromkeys([*wanted, *(limits.engines if limits else ())]))
+    shape = input_of(model, image_size)
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(batch_size, shape.channels, shape.height, shape.width, generator=generator)
+    cost = measure_cost(model, example, wanted)
+    return cost, limits.check(cost) if limits else ()
+
+
+def cost_report(cost: Cost, statuses: tuple[LimitStatus, ...]) -> Any:
+    """Return the cost as people read it: layers and totals, engines, the budget."""
+    from rich.console import Group
+    from rich.table import Table
+
+    totals = (
+        f"{format_count(cost.parameters)} parameters, {format_count(cost.macs)} MACs, weights {format_bytes(cost.size)}, "
+        f"activations at most {format_bytes(cost.memory)}"
+    )
+    parts: list[Any] = [cost.table(), totals]
+    if cost.latency:
+        engines = Table(title="Latency, all measured in turns in one run")
+        engines.add_column("engine")
+        engines.add_column("precision")
+        for column in ("p50", "p95", "p99", "cold start", "batch", "threads"):
+            engines.add_column(column, justify="right")
+        for name, one in sorted(cost.latency.items(), key=lambda item: item[1].p50):
+            times = [format_milliseconds(value) for value in (one.p50, one.p95, one.p99, one.cold_start)]
+            engines.add_row(name, one.precision, *times, str(one.batch_size), str(one.threads))
+        parts.append(engines)
+    if statuses:
+        parts.append(status_text(statuses))
+    return Group(*parts)
+
+
+def required_name(argument: str | None, option: str | None) -> str:
+    """Return the network a verb was given, as its argument or as ``--model``."""
+    if argument is not None and option is not None:
+        raise UsageError(f"two networks were given, {argument} and {option}; keep one.")
+    name = argument or option
+    if name is None:
+        raise UsageError("name a network: resnet20, timm:NAME, torchvision:NAME or FILE.safetensors.")
+    return name
+
+
+@dataclass(frozen=True)
+class ImageExplanation:
+    """What a network says of an image (`prediction`, its name, `confidence` in 0..1) and the picture that was written."""
+
+    prediction: int
+    name: str
+    confidence: float
+    method: str
+    layer: str
+    reason: str
+    file: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**self.__dict__, "file": str(self.file)}
+
+
+def explain_image(
+    model: nn.Module,
+    image: Path | str,
+    out: Path | str,
+    *,
+    method: str = "eigen_cam",
+    class_index: int | None = None,
+    layer: str | None = None,
+) -> ImageExplanation:
+    """Write a picture of where `model` looks in an image file: the image with the class-activation map over it.
+
+    `method`: ``"eigen_cam"`` (no class needed) or ``"grad_cam"`` (for `class_index`, or the predicted class).
+    """
+    from convette.explain import EigenCAM, GradCAM, overlay, target_layer
+
+    preprocessing = input_of(model)
+    pixels = data.load_image(image, preprocessing)
+    inputs = preprocessing(pixels)
+    with torch.no_grad():
+        probabilities = model(inputs).softmax(1)[0]
+    chosen = target_layer(model, inputs)
+    prediction = int(probabilities.argmax())
+    if class_index is not None and not 0 <= class_index < len(probabilities):
+        raise UsageError(f"class {class_index} does not exist: the network has classes 0 to {len(probabilities) - 1}.")
+    if method == "grad_cam":
+        wanted = torch.tensor([prediction if class_index is None else class_index])
+        heat = GradCAM(model, layer)(inputs, wanted)
+    else:
+        heat = EigenCAM(model, layer)(inputs)
+    _write_picture(overlay(pixels[0], heat[0].detach()), Path(out))
+    names = surgery.card_of(model).class_names
+    return ImageExplanation(
+        prediction=prediction,
+        name=names[prediction] if prediction < len(names) else str(prediction),
+        confidence=float(probabilities[prediction]),
+        method=method,
+        layer=layer or chosen.name,
+        reason="as asked" if layer else chosen.reason,
+        file=Path(out),
+    )
+
+
+def _write_picture(pixels: Tensor | np.ndarray, path: Path, side: int = 320) -> None:
+    from PIL import Image
+
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UsageError(f"{path}: a picture is written as .png or .jpg.")
+    picture = Image.fromarray(np.asarray(pixels, dtype=np.uint8))
+    scale = max(1, side // max(picture.size))
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    with replacing(path) as temporary:
+        picture.save(temporary)

@@ -1,0 +1,158 @@
+"""Stage verify: the exported files against the network, and the one look at the test split."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from convette._files import replacing
+from convette._progress import note
+from convette.cost import Cost, count
+from convette.errors import ConvetteError
+from convette.pipeline._run import Run, Stage
+from convette.pipeline.results import ExportedFile, ExportResult, FileCheck, VerifyResult, read_result
+from convette.pipeline.stages.compress import limit_result
+from convette.pipeline.stages.train import scores_of
+from convette.runtime import EngineSpec, Latency, measure_latency, missing, prepare, verify
+from convette.training import Evaluation, evaluate, evaluate_runner
+
+MISTAKES = 24
+READERS = {"onnx": "onnxruntime:cpu", "openvino": "openvino:cpu"}
+
+
+def verify_run(run: Run, folder: Path) -> VerifyResult:
+    """Check the files on real images; score the networks before and after on the test split; measure both."""
+    before, after = run.network("train"), run.network(run.final_stage())
+    exported: ExportResult | None = read_result(run.path, "export")
+    files = exported.files if exported else []
+    checks = [_check(run, after, file) for file in files if file.format != "convette"]
+    test_before, test_after = (
+        evaluate(network, run.data.test, run.data.preprocessing, device=run.device) for network in (before, after)
+    )
+    _write_predictions(test_before, test_after, folder / "predictions.npz")
+    _write_mistakes(run, test_after, folder / "mistakes.npz")
+    engines = _engines(run) if files else ()
+    latencies = measure_both(before, after, run.example, engines, _int8(run, files))
+    cost_before, cost_after = (
+        replace(count(network, run.example), latency=latencies[name])
+        for name, network in (("before", before), ("after", after))
+    )
+    limits = _limits(run, cost_before, cost_after) if run.folder.finished("compress") else []
+    return VerifyResult(
+        files=checks,
+        test_before=scores_of(test_before),
+        test_after=scores_of(test_after),
+        cost_before=cost_before.to_json(),
+        cost_after=cost_after.to_json(),
+        limits=limits,
+    )
+
+
+def _check(run: Run, model: nn.Module, file: ExportedFile) -> FileCheck:
+    path = run.path / file.file
+    check = verify(path, model, real_images(run, run.recipe.export.verify_images))
+    with prepare(check.engine, path, run.example) as runner:
+        scores = evaluate_runner(runner, run.data.test, run.data.preprocessing)
+    if not check.passed:
+        raise ConvetteError(
+            f"{path}: gives other answers than the network it was made from on {check.engine} (largest difference "
+            f"{check.max_abs_error:.3g}, same class on {check.agreement:.2%} of {check.images} images); do not use it. "
+            "Please report this network; with quantize.mode = 'off' or other export.formats the run can end."
+        )
+    note(f"verify: {path} on {check.engine} agrees on {check.agreement:.2%} of {check.images} real images")
+    return FileCheck(
+        file=file.file,
+        engine=check.engine,
+        images=check.images,
+        max_abs_error=check.max_abs_error,
+        tolerance=check.tolerance,
+        agreement=check.agreement,
+        accuracy=scores.accuracy,
+        passed=check.passed,
+    )
+
+
+def real_images(run: Run, wanted: int) -> Tensor:
+    """Return up to `wanted` real images, ready for the network: of the test split, then validation, then training."""
+    parts, left = [], wanted
+    for split in (run.data.test, run.data.validation, run.data.train):
+        if left > 0:
+            parts.append(split.images(range(min(left, len(split)))))
+            left -= len(parts[-1])
+    return run.data.preprocessing(torch.cat(parts))
+
+
+def measure_both(
+    before: nn.Module, after: nn.Module, example: Tensor, engines: tuple[str, ...], int8: dict[str, Path]
+) -> dict[str, dict[str, Latency]]:
+    """Measure two networks on every engine, all interleaved in one run; `int8` names the file to use on an engine."""
+    found: dict[str, dict[str, Latency]] = {"before": {}, "after": {}}
+    if not engines:
+        return found
+    with contextlib.ExitStack() as stack:
+        runners = {}
+        for engine in engines:
+            runners[engine, "before"] = stack.enter_context(prepare(engine, before, example))
+            runners[engine, "after"] = stack.enter_context(prepare(engine, int8.get(engine, after), example))
+        named = {f"{engine} {which}": runner for (engine, which), runner in runners.items()}
+        measured = measure_latency(named, example)
+    for engine, which in runners:
+        found[which][engine] = measured[f"{engine} {which}"]
+    return found
+
+
+def _engines(run: Run) -> tuple[str, ...]:
+    asked = run.budget.engines if run.budget else ()
+    others = [engine for engine in run.recipe.run.engines if missing(engine) is None]
+    return tuple(dict.fromkeys([*asked, *(str(EngineSpec.parse(engine)) for engine in others)]))
+
+
+def _int8(run: Run, files: list[ExportedFile]) -> dict[str, Path]:
+    return {READERS[file.format]: run.path / file.file for file in files if file.precision == "int8"}
+
+
+def _limits(run: Run, before: Cost, after: Cost) -> list:
+    assert run.budget is not None
+    known = [
+        limit for limit in run.budget.limits if limit.metric != "latency" or limit.engine in after.latency
+    ]
+    budget = replace(run.budget, limits=tuple(known))
+    return [limit_result(status) for status in budget.resolve(before).check(after)]
+
+
+def _confidence(evaluation: Evaluation) -> np.ndarray:
+    return evaluation.probabilities.max(1).values.numpy()
+
+
+def _write_predictions(before: Evaluation, after: Evaluation, path: Path) -> None:
+    with replacing(path) as temporary:
+        np.savez_compressed(
+            temporary,
+            indices=np.arange(len(after.labels)),
+            labels=after.labels.numpy(),
+            before=before.predictions.numpy(),
+            after=after.predictions.numpy(),
+            confidence_before=_confidence(before),
+            confidence_after=_confidence(after),
+        )
+
+
+def _write_mistakes(run: Run, after: Evaluation, path: Path) -> None:
+    confidence = _confidence(after)
+    wrong = np.nonzero((after.predictions != after.labels).numpy())[0]
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
+    with replacing(path) as temporary:
+        np.savez_compressed(
+            temporary,
+            images=run.data.test.images(worst.tolist()).numpy(),
+            indices=worst,
+            labels=after.labels.numpy()[worst],
+            predictions=after.predictions.numpy()[worst],
+            confidences=confidence[worst],
+        )
+
+
+STAGE = Stage("verify", verify_run)

@@ -1,0 +1,155 @@
+"""The outcome of a run: the table people read, and how to use what came out."""
+
+from pathlib import Path
+
+from convette.cost import Cost, format_bytes, format_count, format_milliseconds
+from convette.pipeline.results import (
+    ExplainResult,
+    ExportResult,
+    QuantizationResult,
+    Row,
+    Summary,
+    VerifyResult,
+    read_result,
+    read_run,
+)
+
+_LABELS = {"macs": ("MACs", "count"), "parameters": ("Parameters", "count"), "size": ("Size of the weights", "bytes")}
+_FORMATS = {"count": format_count, "bytes": format_bytes, "ms": format_milliseconds}
+
+
+def summarise(run_dir: Path) -> Summary:
+    """Return the outcome of the run in `run_dir`, from the results of its stages."""
+    verified: VerifyResult = read_result(run_dir, "verify")
+    before, after = Cost.from_json(verified.cost_before), Cost.from_json(verified.cost_after)
+    limits = {limit.metric: limit for limit in verified.limits}
+    rows = [
+        Row(
+            key="accuracy",
+            label="Test accuracy",
+            unit="share",
+            before=verified.test_before.accuracy,
+            after=_deployed_accuracy(run_dir, verified),
+        )
+    ]
+    for key in _keys(after, list(limits)):
+        label, unit = _label(key)
+        limit = limits.get(key) or limits.get(key.replace(".p50", ""))
+        rows.append(
+            Row(
+                key=key,
+                label=label,
+                unit=unit,
+                before=before.get(key),
+                after=after.get(key),
+                budget=limit.bound if limit else None,
+                met=limit.met if limit else None,
+            )
+        )
+    return Summary(
+        rows=rows,
+        met=all(limit.met for limit in verified.limits),
+        notes=_notes(run_dir, verified),
+        use=_use(run_dir),
+    )
+
+
+def _deployed_accuracy(run_dir: Path, verified: VerifyResult) -> float:
+    """Return the accuracy of what is deployed: of the int8 file where one was kept, else of the network."""
+    exported: ExportResult | None = read_result(run_dir, "export")
+    int8 = {file.file for file in exported.files if file.precision == "int8"} if exported else set()
+    kept = [check.accuracy for check in verified.files if check.file in int8 and check.accuracy is not None]
+    return kept[0] if kept else verified.test_after.accuracy
+
+
+def table(summary: Summary) -> str:
+    """Return the before / after / budget table as text."""
+    lines = [("", "before", "after", "change", "budget")]
+    for row in summary.rows:
+        budget = ""
+        if row.budget is not None:
+            budget = f"{format_value(row, row.budget)} {'met' if row.met else 'MISSED'}"
+        lines.append((row.label, format_value(row, row.before), format_value(row, row.after), _change(row), budget))
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+    return "\n".join(line.rstrip() for line in text)
+
+
+def format_value(row: Row, value: float) -> str:
+    """Return a figure of `row` with its unit."""
+    return f"{100 * value:.2f} %" if row.unit == "share" else _FORMATS[row.unit](value)
+
+
+def _change(row: Row) -> str:
+    if row.unit == "share":
+        return f"{100 * (row.after - row.before):+.2f} points"
+    return f"{100 * row.after / row.before:.1f} %" if row.before else ""
+
+
+def _keys(cost: Cost, limited: list[str]) -> list[str]:
+    """Return the figures worth a row: the counts, and p50 and p95 of the limited engines or else of the fastest."""
+    engines = list(dict.fromkeys(key.partition("@")[2] for key in limited if key.startswith("latency")))
+    if not engines and cost.latency:
+        engines = [min(cost.latency, key=lambda engine: cost.latency[engine].p50)]
+    keys = [*_LABELS, *(["memory"] if "memory" in limited else [])]
+    for engine in engines:
+        percentiles = ["p50", "p95", *(["p99"] if f"latency.p99@{engine}" in limited else [])]
+        keys += [f"latency.{percentile}@{engine}" for percentile in percentiles]
+    return keys
+
+
+def _label(key: str) -> tuple[str, str]:
+    if key in _LABELS:
+        return _LABELS[key]
+    if key == "memory":
+        return "Peak activation memory", "bytes"
+    percentile, _, engine = key.removeprefix("latency.").partition("@")
+    return f"Latency {percentile}, {engine}", "ms"
+
+
+def _notes(run_dir: Path, verified: VerifyResult) -> list[str]:
+    notes = []
+    quantized: QuantizationResult | None = read_result(run_dir, "quantize")
+    if quantized is not None:
+        notes.append(f"Precision: {quantized.reason}")
+    for check in verified.files:
+        accuracy = f", {100 * check.accuracy:.2f} % right on the test split" if check.accuracy is not None else ""
+        notes.append(
+            f"{check.file} was run on {check.images} real images on {check.engine}: same class as the network on "
+            f"{100 * check.agreement:.2f} %{accuracy}."
+        )
+    explained: ExplainResult | None = read_result(run_dir, "explain")
+    if explained is not None:
+        notes.append(
+            f"Where it looks drifted by {explained.drift:.2f} over {len(explained.images)} images (0: same, 1: unrelated)."
+        )
+    return notes
+
+
+def _use(run_dir: Path) -> list[str]:
+    """Return the commands that use what came out."""
+    exported: ExportResult | None = read_result(run_dir, "export")
+    if exported is None:
+        network = run_dir / ("compress" if read_result(run_dir, "compress") else "train") / "model.safetensors"
+        return [f"convette show {network}", f"python -c \"import convette; model = convette.load('{network}')\""]
+    network = run_dir / exported.files[0].file
+    commands = [
+        f"convette show {network}",
+        f"convette explain {network} IMAGE --out cam.png",
+        f"python -c \"import convette; model = convette.load('{network}')\"",
+    ]
+    for file in exported.files:
+        if file.recommended and file.format == "onnx":
+            commands.append(
+                f"python -c \"import onnxruntime; session = onnxruntime.InferenceSession('{run_dir / file.file}')\""
+            )
+        if file.recommended and file.format == "openvino":
+            commands.append(
+                f"python -c \"import openvino; network = openvino.compile_model('{run_dir / file.file}', 'CPU')\""
+            )
+    if read_run(run_dir).stage("report").state != "left out":
+        commands.append(f"open {run_dir / 'report.html'}")
+    return commands
