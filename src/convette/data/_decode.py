@@ -4,6 +4,7 @@ What is accepted: PNG, JPEG, WebP, BMP, GIF, TIFF, PPM, AVIF, JPEG 2000 (the fir
 Nothing that runs a program (EPS).
 """
 
+import functools
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,13 +84,19 @@ def to_frame(image: Image.Image, frame: Frame) -> UInt8[np.ndarray, "c h w"]:
     return pixels[None] if frame.channels == 1 else pixels.transpose(2, 0, 1)
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # older Pillow knows no AVIF
+
+
 def _open(file: BinaryIO | bytes, max_pixels: int) -> Image.Image:
     if isinstance(file, bytes):
         if not file:
             raise UnreadableImage("empty file")
         file = io.BytesIO(file)
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=_formats())
     except UnidentifiedImageError as error:
         if file.seekable() and file.seek(0, io.SEEK_END) == 0:
             raise UnreadableImage("empty file") from error

@@ -34,7 +34,7 @@ def too_many_bad(bad: Sequence[BadImage], total: int, max_bad: float) -> None:
     first = "; ".join(f"{item.name}: {item.reason}" for item in bad[:3])
     more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
     raise DataError(
-        f"{len(bad)} of {total} images cannot be used ({first}{more}), more than the {max_bad:.3g} allowed. "
+        f"{len(bad)} of {total} images cannot be used ({first}{more}), more than the {max_bad * 100:.3g}% allowed. "
         f"Repair or remove them, or allow more with --max-bad {min(len(bad) / total * 100 + 0.05, 100):.1f}%."
     )
 
@@ -141,7 +141,7 @@ class ArrowExamples(Examples):
         self.labels = labels
         self.title = title
         self.files = files
-        self._chunks: list[Any] | None = None
+        self._chunks: tuple[list[Any], np.ndarray] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_chunks": None}
@@ -149,10 +149,11 @@ class ArrowExamples(Examples):
     def _cell(self, index: int) -> Any:
         if self._chunks is None:
             table = getattr(self.holder, "data", self.holder)
-            self._chunks = table.column(self.column).chunks
-            self._starts = np.cumsum([0, *(len(chunk) for chunk in self._chunks)])
-        place = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._chunks[place][index - int(self._starts[place])].as_py()
+            chunks = table.column(self.column).chunks
+            self._chunks = chunks, np.cumsum([0, *(len(chunk) for chunk in chunks)])
+        chunks, starts = self._chunks
+        place = int(np.searchsorted(starts, index, side="right")) - 1
+        return chunks[place][index - int(starts[place])].as_py()
 
     def _encoded(self, index: int) -> bytes:
         cell = self._cell(index)

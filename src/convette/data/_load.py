@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ def load_data(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     memory_limit: int = MEMORY_LIMIT,
-    workers: int = 2,
+    workers: int | None = None,
 ) -> ImageData:
     """Load a labelled image set by name.
 
@@ -86,7 +87,7 @@ def load_data(
 
     Images that cannot be used (empty, truncated, no image, over 64 million pixels, no label) are left out and listed in
     `bad`. Decoded images of up to `memory_limit` bytes (4 GiB) are kept in memory, larger sets are streamed by
-    `workers` processes, in the same order.
+    `workers` processes (None: one a core, at most 8), in the same order.
 
     Raises `UsageError` for a source or option that cannot be, `DataError` for data that cannot be used or more than
     `max_bad` (a share, 0.01 = 1 %) bad images.
@@ -109,7 +110,9 @@ def load_data(
         too_many_bad(_listed(bad), total, max_bad)
     rows = _divide(raw, bad, validation_fraction, test_fraction, seed, source)
     if pixels is None:
+        workers = min(_cores(), 8) if workers is None else workers
         splits = _streamed(raw, rows, frame, workers, max_bad)
+        notes.append(f"{total} images are more than {memory_limit / 1024**3:.3g} GiB decoded: streamed")
     else:
         splits = _in_memory(raw, rows, pixels)
     found_mean, found_std = channel_statistics(splits["train"], limit=4096 if pixels is None else None)
@@ -166,6 +169,11 @@ def _check_options(
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     values = tuple(float(value) for value in values)
     return values * channels if len(values) == 1 else values
+
+
+def _cores() -> int:
+    # What this process may use, which in a container is less than the machine has; not every system can tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _listed(bad: dict[str, dict[int, BadImage]]) -> list[BadImage]:

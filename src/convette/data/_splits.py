@@ -60,12 +60,14 @@ class ImageSplit(ABC):
         """Return the images at these positions as uint8 ``n c h w``."""
 
     @abstractmethod
-    def _read(self, positions: list[Tensor]) -> Iterator[Batch]:
-        """Yield one batch for each tensor of positions."""
+    def read(self, positions: list[Tensor]) -> Iterator[Batch]:
+        """Yield one batch for each tensor of positions in the split."""
 
     def num_batches(self, batch_size: int, *, drop_last: bool = False, world_size: int = 1) -> int:
         """Return how many batches an epoch has on each rank."""
         share = -(-len(self) // world_size)
+        if share == 0:
+            return 0
         return max(share // batch_size, 1) if drop_last else -(-share // batch_size)
 
     def batches(
@@ -101,7 +103,7 @@ class ImageSplit(ABC):
         )
         mine = order[rank::world_size][:share]
         count = self.num_batches(batch_size, drop_last=drop_last, world_size=world_size)
-        return self._read([mine[start * batch_size : (start + 1) * batch_size] for start in range(skip, count)])
+        return self.read([mine[start * batch_size : (start + 1) * batch_size] for start in range(skip, count)])
 
 
 class MemorySplit(ImageSplit):
@@ -118,7 +120,7 @@ class MemorySplit(ImageSplit):
     def images(self, indices: Tensor | Sequence[int] | slice) -> ImageBytes:
         return self.pixels[self.rows[_positions(indices)].to(self.pixels.device)]
 
-    def _read(self, positions: list[Tensor]) -> Iterator[Batch]:
+    def read(self, positions: list[Tensor]) -> Iterator[Batch]:
         for indices in positions:
             yield Batch(self.images(indices), self.labels[indices], indices)
 
@@ -154,7 +156,7 @@ class StreamedSplit(ImageSplit):
         self._count(failures)
         return batch.images
 
-    def _read(self, positions: list[Tensor]) -> Iterator[Batch]:
+    def read(self, positions: list[Tensor]) -> Iterator[Batch]:
         from torch.utils.data import DataLoader
 
         loader = DataLoader(

@@ -2,9 +2,10 @@
 
 import torch
 
+from convette._progress import progress
 from convette.data._splits import ImageSplit
 
-_CHUNK = 1024
+_CHUNK = 512
 
 
 def channel_statistics(split: ImageSplit, limit: int | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -16,12 +17,12 @@ def channel_statistics(split: ImageSplit, limit: int | None = None) -> tuple[tup
     step = 1 if limit is None else max(1, len(split) // limit)
     indices = torch.arange(0, len(split), step)
     histogram: torch.Tensor | None = None
-    for part in indices.split(_CHUNK):
-        images = split.images(part)
-        counts = torch.stack(
-            [images[:, channel].flatten().bincount(minlength=256) for channel in range(images.shape[1])]
-        )
-        histogram = counts if histogram is None else histogram + counts
+    with progress("channel statistics", len(indices), "image") as advance:
+        for batch in split.read(list(indices.split(_CHUNK))):
+            channels = batch.images.unbind(dim=1)
+            counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in channels])
+            histogram = counts if histogram is None else histogram + counts
+            advance(len(batch))
     assert histogram is not None
     weights = histogram.double() / histogram.sum(dim=1, keepdim=True)
     levels = torch.arange(256, dtype=torch.float64) / 255

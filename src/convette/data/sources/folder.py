@@ -1,6 +1,7 @@
 """`folder:PATH`: image files, one folder a class; with or without folders train, val and test above."""
 
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +28,15 @@ def read(target: str, options: dict[str, str]) -> RawData:
     if not root.is_dir():
         raise UsageError(f"folder:{target} is a file; give the folder that holds one folder for each class.")
     folders = _subfolders(root)
-    found = {SPLIT_NAMES[folder.name.lower()]: folder for folder in folders if folder.name.lower() in SPLIT_NAMES}
-    if len(found) < sum(folder.name.lower() in SPLIT_NAMES for folder in folders):
-        names = ", ".join(folder.name for folder in folders if folder.name.lower() in SPLIT_NAMES)
-        raise DataError(f"{root}: holds two folders for one split ({names}); keep one of them.")
+    found = _split_folders(root, folders)
     if not found:
         class_names = _class_names(root)
         return RawData(class_names, {"train": _read_split(root, root, class_names)})
-    others = [folder.name for folder in folders if folder.name.lower() not in SPLIT_NAMES]
+    others = [folder.name for folder in folders if folder not in found.values()]
     if "train" not in found:
-        near = "".join(did_you_mean("train", others)) if others else ""
-        raise DataError(
-            f"{root}: has {', '.join(folder.name for folder in found.values())} but no folder named train."
-            + (f" Rename {near.split(chr(39))[1]!r} to 'train'." if near.startswith(" Did") else "")
-        )
+        there = ", ".join(folder.name for folder in found.values())
+        beside = f" (beside it: {', '.join(others)})" if others else ""
+        raise DataError(f"{root}: has {there} but no folder named train{beside}; rename or add it.")
     class_names = _class_names(found["train"])
     for name, folder in found.items():
         if name != "train":
@@ -48,6 +44,19 @@ def read(target: str, options: dict[str, str]) -> RawData:
     splits = {name: _read_split(root, folder, class_names) for name, folder in found.items()}
     notes = (f"{root}: folders beside the splits are not read: {', '.join(others)}",) if others else ()
     return RawData(class_names, dict(splits), notes)
+
+
+def _split_folders(root: Path, folders: list[Path]) -> dict[str, Path]:
+    named = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES]
+    # "train" may also be a class (beside "bus"): then it holds images, not folders. Where nothing but splits is there,
+    # folders without classes are a mistake, which is told later.
+    if len(named) < len(folders):
+        named = [folder for folder in named if _subfolders(folder)]
+    found = {SPLIT_NAMES[folder.name.lower()]: folder for folder in named}
+    if len(found) < len(named):
+        names = ", ".join(folder.name for folder in named)
+        raise DataError(f"{root}: holds two folders for one split ({names}); keep one of them.")
+    return found
 
 
 def existing_path(target: str, kind: str) -> Path:
@@ -62,7 +71,10 @@ def existing_path(target: str, kind: str) -> Path:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}).") from error
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -108,5 +120,11 @@ def _files_below(folder: Path) -> list[tuple[str, int]]:
         for name in sorted(names):
             if not name.startswith(".") and name.lower() not in _LITTER:
                 path = os.path.join(directory, name)
-                found.append((path, os.path.getsize(path) if os.path.exists(path) else 0))
+                try:
+                    status = os.stat(path)
+                except OSError:  # a dangling link: kept, to be named among the bad
+                    found.append((path, 0))
+                    continue
+                if stat.S_ISREG(status.st_mode):  # opening a pipe or a device could block for ever
+                    found.append((path, status.st_size))
     return found
