@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
 from torch.nn import functional as F
 
 from convette._typing import ImageBytes, Images
@@ -46,11 +48,11 @@ class Preprocessing:
             hint = did_you_mean(self.interpolation, _INTERPOLATIONS)
             raise UsageError(f"preprocessing: unknown interpolation {self.interpolation!r}.{hint}")
 
-    def __call__(self, images: ImageBytes) -> Images:
+    def __call__(self, images: ImageBytes) -> Float[Tensor, "n c height width"]:
         """Return the network's input for uint8 images, float32 on their device; resizes where the size differs."""
         return self.normalize(self.to_unit(images))
 
-    def to_unit(self, images: ImageBytes) -> Images:
+    def to_unit(self, images: ImageBytes) -> Float[Tensor, "n c height width"]:
         """Return uint8 images as float32 in 0..1 at this size (where augmentation works)."""
         if images.shape[1] != self.channels:
             raise UsageError(
@@ -121,7 +123,7 @@ def load_image(path: Path | str, preprocessing: Preprocessing) -> ImageBytes:
     return torch.tensor(pixels)[None]
 
 
-def _cover(images: ImageBytes, height: int, width: int, interpolation: str) -> ImageBytes:
+def _cover(images: ImageBytes, height: int, width: int, interpolation: str) -> UInt8[Tensor, "n c height width"]:
     rows, columns = images.shape[-2:]
     scale = max(height / rows, width / columns)
     # The side that sets the scale fits exactly; rounding must not make it fall short.
