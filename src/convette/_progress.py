@@ -21,7 +21,7 @@ def note(text: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(title: str, total: float, unit: str = "step") -> Iterator[Callable[..., None]]:
+def progress(title: str, total: float | int, unit: str = "step") -> Iterator[Callable[..., None]]:
     """Show progress through `total` units of work.
 
     Yields ``advance(count=1, detail="")``: `detail` is a short text shown beside the bar. Nothing is shown for work
@@ -38,7 +38,7 @@ def progress(title: str, total: float, unit: str = "step") -> Iterator[Callable[
 
 
 @contextlib.contextmanager
-def _terminal_bar(title: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
+def _terminal_bar(title: str, total: float | int, unit: str) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -55,7 +55,7 @@ def _terminal_bar(title: str, total: float, unit: str) -> Iterator[Callable[...,
     task = bar.add_task(title, total=total, rate="", detail="", visible=False)
     start, done = time.monotonic(), 0.0
 
-    def advance(count: float = 1, detail: str = "") -> None:
+    def advance(count: float | int = 1, detail: str = "") -> None:
         nonlocal done
         done += count
         elapsed = time.monotonic() - start
@@ -67,11 +67,11 @@ def _terminal_bar(title: str, total: float, unit: str) -> Iterator[Callable[...,
         yield advance
 
 
-def _plain_lines(title: str, total: float, unit: str) -> Callable[..., None]:
+def _plain_lines(title: str, total: float | int, unit: str) -> Callable[..., None]:
     start = last = time.monotonic()
     done = 0.0
 
-    def advance(count: float = 1, detail: str = "") -> None:
+    def advance(count: float | int = 1, detail: str = "") -> None:
         nonlocal done, last
         done += count
         now = time.monotonic()

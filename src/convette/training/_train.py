@@ -152,6 +152,7 @@ def _trainer(
         model,
         [stage],
         loss=loss,
+        accuracy=_accuracy,
         transform=BatchTransform(data.preprocessing, fabric.device, _augmentation(data, settings), form),
         fabric=fabric,
         methods=methods,
@@ -162,15 +163,20 @@ def _trainer(
     )
 
 
-def _augmentation(data: Any, settings: TrainSettings) -> Any:
-    names = settings.augmentation
-    size = data.preprocessing
-    if names == "auto":
-        names = ("shift",) if size.channels == 1 else ("flip", "crop")
-    if not names:
-        return None
-    from convette.training.augmentation import build_augmentation
+def _accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    labels = targets if targets.ndim == 1 else targets.argmax(1)
+    return (outputs.argmax(1) == labels).float().mean()
 
+
+def _augmentation(data: Any, settings: TrainSettings) -> Any:
+    if not settings.augmentation:
+        return None
+    from convette.training.augmentation import build_augmentation, choose_augmentation
+
+    size = data.preprocessing
+    names = settings.augmentation
+    if names == "auto":
+        names = choose_augmentation(size.channels, size.height, size.width, data.class_names)
     return build_augmentation(names, size.channels, size.height, size.width, data.num_classes)
 
 

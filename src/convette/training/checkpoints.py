@@ -64,7 +64,7 @@ def decode(content: bytes, where: str) -> Any:
 
 
 class CheckpointFolder:
-    """A folder that keeps the last few checkpoints of one run. Only rank 0 should hold one."""
+    """A folder that keeps the last few checkpoints of one run. Only rank 0 should write."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder = folder

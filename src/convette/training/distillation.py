@@ -71,7 +71,7 @@ class Distillation(Method):
         if not 0 <= weight <= 1:
             raise UsageError(f"distillation: weight = {weight!r} cannot be: it must be in [0, 1].")
         self.name = name
-        self.events = frozenset({Event.SETUP, Event.AFTER_LOSS, Event.STRUCTURE_CHANGED, Event.FIT_END})
+        self.events = frozenset({Event.SETUP, Event.AFTER_LOSS, Event.STRUCTURE_CHANGED})
         self.teacher = teacher
         self.temperature = float(temperature)
         self.weight = float(weight)
@@ -85,14 +85,13 @@ class Distillation(Method):
             self._set_up(trainer)
         elif event is Event.AFTER_LOSS:
             self._add_losses(trainer)
-        elif event is Event.STRUCTURE_CHANGED:
-            self._fit_adapters(trainer)
         else:
-            self._taps.detach()
+            self._fit_adapters(trainer)
 
     def _set_up(self, trainer: "Trainer") -> None:
         self.teacher.to(trainer.state.device).eval()
         self._taps.request(*self.features.values())
+        trainer.resources.callback(self._taps.detach)
         trainer.state.taps.request(*self.features)
         self._fit_adapters(trainer)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.errors import DataError
+from convette.tasks import calibration_error, confusion_matrix
 from convette.training._fabric import resolve_device
 
 
@@ -85,34 +86,17 @@ def _evaluate(
 
 def summarise(logits: Float[Tensor, "n k"], labels: Int64[Tensor, " n"]) -> Evaluation:
     """Return the `Evaluation` of `logits` against `labels`."""
-    classes = logits.shape[1]
     probabilities = logits.softmax(1)
     predictions = probabilities.argmax(1)
-    pairs = torch.bincount(labels * classes + predictions, minlength=classes * classes)
     return Evaluation(
         loss=float(functional.cross_entropy(logits, labels)),
         accuracy=float((predictions == labels).double().mean()),
-        confusion=pairs.view(classes, classes),
+        confusion=confusion_matrix(predictions, labels, logits.shape[1]),
         probabilities=probabilities,
         labels=labels,
         predictions=predictions,
-        calibration_error=expected_calibration_error(probabilities, labels),
+        calibration_error=calibration_error(probabilities, labels),
     )
-
-
-def expected_calibration_error(
-    probabilities: Float[Tensor, "n k"], labels: Int64[Tensor, " n"], bins: int = 15
-) -> float:
-    r"""Return the expected calibration error, in 0..1.
-
-    .. math:: \sum_b \frac{n_b}{n} \left|\mathrm{accuracy}_b - \mathrm{confidence}_b\right|
-
-    over equal bins of the confidence (the largest probability). Source: arXiv 1706.04599, equation 3.
-    """
-    confidence, predictions = probabilities.double().max(1)
-    places = (confidence * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, places, (predictions == labels).double() - confidence)
-    return float(gaps.abs().sum() / len(labels))
 
 
 @torch.no_grad()

@@ -27,8 +27,8 @@ class TrainSettings:
       averaged network is what validation sees and what `train` returns.
     - `precision`, `memory_format`: ``"auto"`` measures the choices on this device, for trainings long enough to gain
       from it, and keeps the fastest; small ones stay fp32 and contiguous.
-    - `augmentation`: names of `convette.training.augmentation`, or ``"auto"``: shift for one channel, flip and crop
-      for more.
+    - `augmentation`: names of `convette.training.augmentation`, or ``"auto"``: what is safe for
+      these images and class names (`choose_augmentation`).
     - `validate_every`: epochs between looks at the validation split (the last epoch is always looked at).
     - `checkpoint_steps`: also write a checkpoint every so many optimiser steps (None: after each epoch only);
       `keep_checkpoints`: how many to keep.

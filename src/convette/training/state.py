@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from convette.training.settings import TrainSettings
 from convette.training.taps import FeatureTaps
 
 
+@runtime_checkable
 class BatchLike(Protocol):
     """One batch as `convette.data` gives it: bytes, labels, and where in the split they come from."""
 
@@ -62,6 +63,7 @@ class EpochRecord:
     learning_rate: float
     train_loss: float
     terms: dict[str, float]  # the loss terms by name, unweighted
+    train_accuracy: float | None = None  # of the batches as trained on: augmented, while the network still changed
     validation_loss: float | None = None
     validation_accuracy: float | None = None
 

@@ -1,7 +1,7 @@
 """How one optimiser step is made. A method whose step is another (unrolled, adversarial) replaces it."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from convette.training.distributed import average_gradients
 from convette.training.events import Event
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from convette.training.trainer import Trainer
 
 
+@runtime_checkable
 class StepStrategy(Protocol):
     """Makes one optimiser step from as many batches as it wants."""
 

@@ -1,6 +1,7 @@
 """The trainer: a plain loop that tells methods where it is, and lets them change everything."""
 
 import contextlib
+import gc
 import math
 import signal
 import threading
@@ -34,10 +35,11 @@ _LOOK_EVERY = 8
 class Trainer:
     """Trains `model` through the stages of `plan`, telling `methods` about every event.
 
-    - `loss(outputs, targets)` is the task's loss, the term named ``"task"``. `transform(batch)` gives images and
+    - `loss(outputs, targets)` is the task's loss, the term named ``"task"``; `accuracy(outputs, targets)` a figure in
+      0..1 for the log. `transform(batch)` gives images and
       targets on the device.
     - `strategy` makes one optimiser step; methods may replace it (``trainer.strategy = ...``).
-    - `checkpoints`: where checkpoints go; `resume`: a checkpoint's tree to go on from; `header`: facts kept in every
+    - `checkpoints`: where checkpoints go (rank 0 writes them); `resume`: a checkpoint's tree to go on from; `header`: facts kept in every
       checkpoint.
 
     ``trainer.state`` is everything that changes. The network's structure is edited by `edit_structure` only.
@@ -49,6 +51,7 @@ class Trainer:
         plan: Sequence[Stage],
         *,
         loss: Callable[[Any, Any], Tensor],
+        accuracy: Callable[[Any, Any], Tensor] | None = None,
         transform: Callable[[Any], tuple[Any, Any]],
         fabric: FabricAdapter,
         methods: Sequence[Method] = (),
@@ -73,9 +76,11 @@ class Trainer:
         self.log = log
         self.state = State(model=model, device=fabric.device, taps=FeatureTaps(model), example=example)
         self.finished = False
+        self.resources = contextlib.ExitStack()  # what methods want undone at the end, however it comes
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self._loss = loss
+        self._accuracy = accuracy
         self._resume = resume
         self._table = by_event(self.methods)
         self._guard = ParameterGuard(model)
@@ -124,34 +129,46 @@ class Trainer:
         Raises `InterruptedRun` after SIGINT or SIGTERM, with a checkpoint written where there is a folder;
         `TrainingError` when the loss is not finite or ranks drift apart; `StorageError` when the disk is full.
         """
-        self._set_up()
+        try:
+            self._set_up()
+            if not self.finished:
+                self._run()
+        finally:
+            self._let_go()
+        return self.state.history
+
+    def _run(self) -> None:
         clock = self.state.clock
-        if self.finished:
-            return self.state.history
         self._open_log()
         if clock.step == 0 and self.header.get("choice", {}).get("milliseconds"):
             self.save()  # what was measured must not be measured again, or a run killed early would come out otherwise
         total = sum(stage.steps * stage.settings.epochs for stage in self.plan)
-        with self._signals(), self._progress(total) as advance:
-            advance(clock.step)
+        with self._signals(), self._progress(total - clock.step) as advance:
             self.emit(Event.FIT_START)
             while clock.stage < len(self.plan):
                 self._run_stage(advance)
             self.emit(Event.FIT_END)
             self.finished = True
             self.save()
-        return self.state.history
+
+    def _let_go(self) -> None:
+        self.state.taps.detach()
+        self.resources.close()
+        if world_size() > 1:
+            # DDP leaves its hooks on the parameters until it is collected; the next run sets up its own.
+            self.state.wrapper = None
+            gc.collect()
 
     def save(self) -> None:
         """Write a checkpoint of everything, where a folder was given. All ranks must call it together."""
         culprit = first_not_finite(self.state.model)
         if culprit is not None:
             raise TrainingError(f"{self._where()}: {culprit} is not finite{self._remedy()}")
-        self.emit(Event.CHECKPOINT)
-        if not any(gather(self.checkpoints is not None)):
+        if self.checkpoints is None:
             return
+        self.emit(Event.CHECKPOINT)
         tree = snapshot.take(self)
-        if self.checkpoints is not None and is_main():
+        if is_main():
             self._last_checkpoint = self.checkpoints.write(self.state.clock.step, tree)
 
     def _open_log(self) -> None:
@@ -284,13 +301,14 @@ class Trainer:
         if state.device.type == "cpu" and not math.isfinite(state.loss.item()):
             self._refuse_losses({name: value.item() for name, value in state.losses.values.items()})
         self._count("loss", state.loss)
+        if self._accuracy is not None:
+            self._count("accuracy", self._accuracy(state.outputs.detach(), state.targets))
         if len(state.losses.values) > 1 or state.losses.weights["task"] != 1.0:
             for name, value in state.losses.values.items():
-                self._count(name, value)
+                self._count(f"term:{name}", value)
 
-    def _count(self, name: str, value: Tensor) -> None:
+    def _count(self, key: str, value: Tensor) -> None:
         value = value.detach()
-        key = name if name == "loss" else f"term:{name}"
         self.sums[key] = self.sums[key] + value if key in self.sums else value
         self.counts[key] = self.counts.get(key, 0) + 1
 
@@ -298,8 +316,7 @@ class Trainer:
         # A sum stays not finite once one of its parts was: looking now and then misses nothing.
         values = {name: float(total) for name, total in self.sums.items()}
         if not all(math.isfinite(value) for value in values.values()):
-            terms = {name.removeprefix("term:"): value for name, value in values.items() if name != "loss"}
-            self._refuse_losses(terms or {"task": values["loss"]})
+            self._refuse_losses(_terms(values) or {"task": values["loss"]})
 
     def _refuse_losses(self, terms: Mapping[str, float]) -> None:
         bad = next((name for name, value in terms.items() if not math.isfinite(value)), "sum of all terms")
@@ -335,7 +352,6 @@ class Trainer:
             self.emit(Event.EVALUATION_START)
             found = stage.validate(state.evaluated)
             self.emit(Event.EVALUATION_END)
-        terms = {name.removeprefix("term:"): value for name, value in means.items() if name != "loss"}
         return EpochRecord(
             stage=stage.name,
             epoch=clock.epoch + 1,
@@ -344,7 +360,8 @@ class Trainer:
             images_per_second=round(images_per_second, 1),
             learning_rate=state.learning_rate,
             train_loss=means["loss"],
-            terms=terms or {"task": means["loss"]},
+            terms=_terms(means) or {"task": means["loss"]},
+            train_accuracy=means.get("accuracy"),
             validation_loss=found.get("loss"),
             validation_accuracy=found.get("accuracy"),
         )
@@ -381,3 +398,7 @@ class Trainer:
         if not is_main():
             return contextlib.nullcontext(lambda count=1, detail="": None)
         return progress(self.title, total, "step")
+
+
+def _terms(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix("term:"): value for name, value in figures.items() if name.startswith("term:")}
