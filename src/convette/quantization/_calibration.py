@@ -37,7 +37,7 @@ def checked(calibration: Iterable[Tensor | np.ndarray]) -> np.ndarray:
     if bad.any():
         raise DataError(f"calibration: image {int(bad.argmax())} holds values that are not finite (NaN or infinity).")
     if (images == images[:1]).all():
-        raise DataError("calibration: all images are the same, so no range can be learnt; give different images.")
+        raise DataError("calibration: the images are all the same, so no range can be learnt; give different ones.")
     if len(images) < FEW_IMAGES:
         note(f"calibration on only {len(images)} images: the ranges may be too narrow; 128 to 300 are usual.")
     return images

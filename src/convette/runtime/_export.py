@@ -21,7 +21,7 @@ ONNX_OPSET = 20
 _ONNX_LIMIT = 2**31 - 2**20  # protobuf's limit for one file, less some room for the graph
 
 
-def export(model: nn.Module, example: Tensor, path: Path | str, *, to: Format | None = None) -> Path:
+def export(model: nn.Module, example: Tensor, path: Path | str, *, to: str | None = None) -> Path:
     """Write `model` to `path` as ONNX or OpenVINO IR, ready for deployment.
 
     A copy in eval mode is exported, with batch normalisation folded into convolutions and linears; `model` stays as it
@@ -88,6 +88,7 @@ def existing(path: Path | str) -> Path:
 
 def deployable(model: nn.Module, example: Tensor) -> nn.Module:
     """Return the copy of `model` that is exported: eval mode, on the CPU, float32, batch normalisation folded."""
+    _refuse_broken_weights(model)
     plain = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
     plain = plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     example = as_example(example)
@@ -191,6 +192,16 @@ def save_onnx(model: Any, path: Path, metadata: dict[str, Any]) -> None:
         raise ConvetteError(f"{path}: the exported graph is not valid ONNX ({_vendors.one_line(error)}).") from error
     with replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
+
+
+def _refuse_broken_weights(model: nn.Module) -> None:
+    # Engines compute max(0, NaN) = 0 in a ReLU: a broken network would come out as one that looks well.
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise ConvetteError(
+                f"{name} of {type(model).__name__} holds values that are not finite (NaN); nothing was exported. "
+                "Go back to an earlier checkpoint."
+            )
 
 
 def _write_onnx(prepared: nn.Module, example: Tensor, path: Path, metadata: dict[str, Any]) -> None:

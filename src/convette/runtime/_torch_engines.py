@@ -49,6 +49,7 @@ def compiler_missing() -> str | None:
 
 
 def _compiled(model: nn.Module, run: Callable[..., np.ndarray], example: np.ndarray) -> Callable[..., np.ndarray]:
+    import torch._dynamo.config
     import torch._inductor.config
 
     # One graph for exactly this shape: the fastest, and one compilation instead of one a batch size.
@@ -62,7 +63,9 @@ def _compiled(model: nn.Module, run: Callable[..., np.ndarray], example: np.ndar
 
     try:
         # Freezing (weights as constants, batch norm folded, layouts chosen) is read while the first call compiles.
-        with torch._inductor.config.patch(freezing=True), _vendors.quiet():
+        # Dynamo counts all networks of a class as recompilations of one function and gives up, silently, after eight.
+        limits = {"recompile_limit": 10_000, "accumulated_recompile_limit": 10_000, "fail_on_recompile_limit_hit": True}
+        with torch._inductor.config.patch(freezing=True), torch._dynamo.config.patch(**limits), _vendors.quiet():
             call(example)
     except Exception as error:
         raise ConvetteError(
