@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from convette.report._pictures import data_uri
 BEFORE, AFTER, LIMIT, INK, GRID = "#9aa5b1", "#0f766e", "#c2410c", "#1f2933", "#e4e7eb"
 # Inches at which text of ten points reads as such in the page: a whole column, half a column.
 WIDE, HALF = 10.4, 5.4
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "svg.hashsalt": "convette",
@@ -91,10 +92,10 @@ def accuracy_against_cost(path: Sequence[PathPoint], metric: str, bound: float |
     """Validation accuracy against `metric` ("macs", "parameters", "size", "latency"), by step; limit as a line."""
     from convette.cost import format_figure
 
-    points = [point for point in path if getattr(point, metric) is not None and point.accuracy is not None]
-    x = [getattr(point, metric) for point in points]
+    points = [point for point in path if getattr(point, metric) is not None]
+    after = [(getattr(p, metric), 100 * p.accuracy) for p in points if p.accuracy is not None]
     with _figure(HALF, 3.2) as (figure, axes):
-        axes.plot(x, [100 * point.accuracy for point in points], color=AFTER, marker="o", label="after recovery")
+        axes.plot(*zip(*after, strict=True), color=AFTER, marker="o", label="after recovery")
         raw = [(getattr(p, metric), 100 * p.accuracy_before_recovery) for p in points if p.accuracy_before_recovery]
         if raw:
             axes.scatter(*zip(*raw, strict=True), color=BEFORE, marker="x", label="before recovery")
