@@ -40,6 +40,7 @@ def count(model: nn.Module, example: Example) -> Cost:
 
     Cost: one forward run.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile: the same network, under its own names
     recorder = record(model, example)
     layers = _layers(model, recorder.operations, recorder.visits)
     size, buffer_size = state_bytes(model)
@@ -144,7 +145,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
-            model.eval()
+            with contextlib.suppress(NotImplementedError):  # exported programs have but one mode
+                model.eval()
             yield
     finally:
         for module, training, attributes, containers in before:

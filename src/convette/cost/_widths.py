@@ -45,10 +45,6 @@ class WidthCost:
         self._column = {name: column for column, name in enumerate(self.groups)}
         state = _State(model)
         self._layout = _Layout(state, graph, self._column)
-        elements = self._layout.elements(np.asarray(self.sizes, dtype=float)[:, None])[:, 0]
-        if not np.array_equal(elements, state.elements):
-            wrong = state.names[int(np.argmax(elements != state.elements))]
-            raise ConvetteError(f"The graph of units is not of this network: {wrong} has another shape.")
         self._bytes = state.bytes
         self._is_parameter = state.is_parameter
         self._fit_products(model, example, graph, state)
@@ -96,7 +92,8 @@ class WidthCost:
             raise UsageError(f"{metric!r} cannot be predicted from widths.{did_you_mean(metric, _METRICS)}")
         if widths.shape[-1] != len(self.groups):
             raise UsageError(f"{widths.shape[-1]} widths were given for {len(self.groups)} groups.")
-        flat = widths.reshape(-1, len(self.groups)).cpu().numpy().astype(float).T
+        leading = widths.shape[:-1]
+        flat = widths.reshape(leading.numel(), len(self.groups)).cpu().numpy().astype(float).T
         elements = self._layout.elements(flat)
         if metric == "macs":
             total = self._coefficients @ elements + self._fitted.totals(flat)
@@ -104,7 +101,7 @@ class WidthCost:
             total = self._is_parameter @ elements
         else:
             total = self._bytes @ elements
-        return torch.from_numpy(np.rint(total).astype(np.int64)).reshape(widths.shape[:-1])
+        return torch.from_numpy(np.rint(total).astype(np.int64)).reshape(leading)
 
     def unit_costs(self, metric: str, selection: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What dropping one more unit of each group saves, all other groups kept as in `selection` (None: all).
@@ -131,6 +128,11 @@ class WidthCost:
         """Turn the operations of the run into coefficients of weights, and fit those that do not follow a weight."""
         blank = Blank(model, example, graph)
         base = blank.operations({})
+        if not self.groups:
+            self._coefficients = self._follow_weights(base, state, [])
+            self._fitted = fit(blank, [op.sizes for op in base if op.weight is None], [])
+            self.exact = True
+            return
         first = blank.selection(dict.fromkeys(self.groups, 0.5))
         seen = blank.operations(first)
         irregular = self._irregular(base, seen, state, self.widths(first))
@@ -175,6 +177,7 @@ class _State:
 
     def __init__(self, model: nn.Module) -> None:
         parameters = {id(p) for p in model.parameters()}
+        self.unsaved = {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self.row: dict[str, int] = {}
         self.names: list[str] = []
         self.shapes: list[tuple[int, ...]] = []
@@ -202,10 +205,15 @@ class _Layout:
         for group in graph.groups:
             for member in group.members:
                 row = state.row.get(member.parameter)
-                if row is None:  # a buffer that is not saved
+                if row is None and member.parameter in state.unsaved:
                     continue
-                entry = slopes.setdefault((row, member.dim), {})
                 each = member.index.shape[1] if member.index.dim() > 1 else 1
+                if row is None or each * group.size > state.shapes[row][member.dim]:
+                    raise ConvetteError(
+                        f"The graph of units is not of this network: {group.name} has {each * group.size} entries of "
+                        f"{member.parameter} (dimension {member.dim}). Trace the network again."
+                    )
+                entry = slopes.setdefault((row, member.dim), {})
                 entry[column[group.name]] = entry.get(column[group.name], 0) + each
         keys = sorted(slopes)
         sizes = np.zeros(len(column))
