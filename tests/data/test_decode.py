@@ -147,7 +147,9 @@ def test_damage_is_told_by_its_reason():
             decode(content, RGB)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Tag data", "ignore:Metadata Warning")
+@pytest.mark.filterwarnings(
+    "ignore:Corrupt EXIF", "ignore:Tag data", "ignore:Metadata Warning", "ignore:Truncated File"
+)
 def test_every_cut_and_many_scratches_give_pixels_or_a_reason():
     rng = np.random.RandomState(0)
     originals = [save(Image.fromarray(ramp())), save(Image.fromarray(np.stack([ramp()] * 3, -1)), "JPEG")]

@@ -3,11 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from convette._progress import note
@@ -15,6 +15,9 @@ from convette._typing import ImageBytes, Labels
 from convette.data._decode import Frame, UnreadableImage
 from convette.data._examples import BadImage, Examples, too_many_bad
 from convette.errors import UsageError
+
+# Positions in a split.
+Indices: TypeAlias = Tensor | np.ndarray | Sequence[int] | slice
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class ImageSplit(ABC):
         return torch.bincount(self.labels, minlength=self.num_classes)
 
     @abstractmethod
-    def images(self, indices: Tensor | Sequence[int] | slice) -> ImageBytes:
+    def images(self, indices: Indices) -> ImageBytes:
         """Return the images at these positions as uint8 ``n c h w``."""
 
     @abstractmethod
@@ -110,14 +113,19 @@ class MemorySplit(ImageSplit):
     """Images decoded once and kept as uint8; splits of one source share the same pixel tensor."""
 
     def __init__(
-        self, name: str, pixels: ImageBytes, labels: Labels, num_classes: int, rows: Labels | None = None
+        self,
+        name: str,
+        pixels: UInt8[Tensor, "stored c h w"],
+        labels: Labels,
+        num_classes: int,
+        rows: Labels | None = None,
     ) -> None:
         """Keep `labels` for the images ``pixels[rows]`` (all of `pixels` if `rows` is not given)."""
         super().__init__(name, labels, num_classes)
         self.pixels = pixels
         self.rows = torch.arange(len(pixels)) if rows is None else rows
 
-    def images(self, indices: Tensor | Sequence[int] | slice) -> ImageBytes:
+    def images(self, indices: Indices) -> ImageBytes:
         return self.pixels[self.rows[_positions(indices)].to(self.pixels.device)]
 
     def read(self, positions: list[Tensor]) -> Iterator[Batch]:
@@ -151,7 +159,7 @@ class StreamedSplit(ImageSplit):
         self.max_bad = max_bad
         self.bad: dict[int, BadImage] = {}
 
-    def images(self, indices: Tensor | Sequence[int] | slice) -> ImageBytes:
+    def images(self, indices: Indices) -> ImageBytes:
         batch, failures = self._decode(torch.arange(len(self))[_positions(indices)].tolist())
         self._count(failures)
         return batch.images
@@ -222,7 +230,7 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _positions(indices: Tensor | Sequence[int] | slice) -> Tensor | slice:
+def _positions(indices: Indices) -> Tensor | slice:
     if isinstance(indices, slice):
         return indices
     return torch.as_tensor(indices, dtype=torch.int64).cpu()

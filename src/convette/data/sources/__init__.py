@@ -48,7 +48,7 @@ def _options(rest: str) -> tuple[str, dict[str, str]]:
 
 
 def _remedy(source: str, kind: str) -> str:
-    path = Path(source).expanduser()
+    path = Path(source or "?").expanduser()
     if path.is_file() and path.suffix == ".parquet":
         return f" For this file write parquet:{source}"
     if path.is_dir():
