@@ -19,7 +19,7 @@ def _complete_source(incomplete: str) -> list[str]:
 Source = Annotated[
     str | None,
     typer.Argument(
-        help="Data (digits, folder:PATH, parquet:PATH, hub:NAME, torchvision:NAME) or a recipe (.toml). [data.source]",
+        help="Data (digits, folder:PATH, parquet:PATH, hub:NAME, torchvision:NAME) or a recipe (.toml). (data.source)",
         autocompletion=_complete_source,
         show_default=False,
     ),
@@ -28,39 +28,37 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="digits, folder:PATH, parquet:PATH, hub:NAME or torchvision:NAME. [data.source]",
+        help="digits, folder:PATH, parquet:PATH, hub:NAME or torchvision:NAME. (data.source)",
         autocompletion=_complete_source,
     ),
 ]
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", help="resnet20 ..., timm:NAME, torchvision:NAME, module:callable or FILE.safetensors. [model.name]"
+        "--model", help="resnet20 ..., timm:NAME, torchvision:NAME, module:callable or FILE.safetensors. (model.name)"
     ),
 ]
 Weights = Annotated[
-    str | None, typer.Option("--weights", help="Tensors for a named network: .safetensors or .pt. [model.weights]")
+    str | None, typer.Option("--weights", help="Tensors for a named network: .safetensors or .pt. (model.weights)")
 ]
-Pretrained = Annotated[
-    bool, typer.Option("--pretrained", help="Start from the published weights. [model.pretrained]")
-]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Start from the published weights. (model.pretrained)")]
 BudgetOption = Annotated[
     str | None,
     typer.Option("--budget", help='Limits, such as "macs<=40%, latency<=2ms@openvino:cpu". [budget.limits]'),
 ]
-Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training images. [train.epochs]")]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training images. (train.epochs)")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe; options given beside it go over it.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random. [run.seed]")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:0. [run.device]")]
-RunOut = Annotated[Path | None, typer.Option("--out", help="The run folder. [run.out]")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random. (run.seed)")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:0. (run.device)")]
+RunOut = Annotated[Path | None, typer.Option("--out", help="The run folder. (run.out)")]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away what an earlier run left in the folder.")]
 MaxBad = Annotated[
-    str | None, typer.Option("--max-bad", help="Share of unusable images to put up with: 1% or 0.01. [data.max_bad]")
+    str | None, typer.Option("--max-bad", help="Share of unusable images to put up with: 1% or 0.01. (data.max_bad)")
 ]
 Mean = Annotated[
-    str | None, typer.Option("--mean", help="Channel means on the scale 0..1: 0.5 or 0.49,0.48,0.45. [data.mean]")
+    str | None, typer.Option("--mean", help="Channel means on the scale 0..1: 0.5 or 0.49,0.48,0.45. (data.mean)")
 ]
-Std = Annotated[str | None, typer.Option("--std", help="Channel standard deviations, likewise. [data.std]")]
+Std = Annotated[str | None, typer.Option("--std", help="Channel standard deviations, likewise. (data.std)")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any other key of the recipe: --set train.batch_size=64."),

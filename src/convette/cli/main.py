@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -18,7 +18,10 @@ from convette.cli.prune import prune
 from convette.cli.recipe import recipe
 from convette.cli.show import show
 from convette.cli.train import train
-from convette.errors import ConvetteError, InterruptedRun
+from convette.errors import ConvetteError, InterruptedRun, did_you_mean
+
+# What the parser raises for an option or value it cannot use; by its version, typer uses click or one of its own.
+_Refused: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(
     name="convette",
@@ -53,16 +56,14 @@ def run(arguments: list[str] | None = None) -> NoReturn:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on standard error."""
-    from click import Abort, ClickException
-
     _state.set_debug(False)
     _state.set_quiet(False)
     try:
         value = app(args=arguments, prog_name="convette", standalone_mode=False)
         return value if isinstance(value, int) else 0
-    except ClickException as error:
-        return _fail(error.format_message(), error.exit_code, error)
-    except (KeyboardInterrupt, Abort) as error:
+    except _Refused as error:
+        return _fail(_usage(error), error.exit_code, error)
+    except (KeyboardInterrupt, typer.Abort) as error:
         return _fail("stopped.", InterruptedRun.exit_code, error)
     except ConvetteError as error:
         return _fail(str(error), error.exit_code, error)
@@ -73,6 +74,17 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         text = f"{type(error).__name__}: {error}".replace("\n", " ")
         return _fail(f"{text} (a bug, please report it with the output of --debug)", 1, error)
+
+
+def _usage(error: Any) -> str:
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    wrong = getattr(error, "option_name", None)
+    if wrong and context is not None and getattr(error, "possibilities", None) is not None:
+        known = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+        message = f"{error.message.rstrip('.')}.{did_you_mean(wrong, known)}"
+    if context is not None and "Did you mean" not in message:
+        message = f"{message.rstrip('.')}. See {context.command_path} --help."
+    return message
 
 
 def _fail(message: str, code: int, error: BaseException) -> int:

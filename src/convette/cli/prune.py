@@ -15,13 +15,13 @@ def prune(
     data: o.Data = None,
     budget: o.BudgetOption = None,
     epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Epochs of recovery, over all steps. [prune.epochs]")
+        int | None, typer.Option("--epochs", help="Epochs of recovery, over all steps. (prune.epochs)")
     ] = None,
     criterion: Annotated[
-        str | None, typer.Option("--criterion", help="l1, l2, taylor, bn_scale, lamp or random. [prune.criterion]")
+        str | None, typer.Option("--criterion", help="l1, l2, taylor, bn_scale, lamp or random. (prune.criterion)")
     ] = None,
     allocation: Annotated[
-        str | None, typer.Option("--allocation", help="global, uniform or per_layer. [prune.allocation]")
+        str | None, typer.Option("--allocation", help="global, uniform or per_layer. (prune.allocation)")
     ] = None,
     recipe: o.RecipeFile = None,
     weights: o.Weights = None,

@@ -10,7 +10,7 @@ from convette.cli._output import results
 
 
 def recipe(
-    file: Annotated[Path | None, typer.Argument(help="A recipe to check and complete; without one the defaults.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="A recipe to check and complete; else the defaults.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False,
     set_: o.Set = None,
     json: o.Json = False,

@@ -94,8 +94,8 @@ class Run:
 class Stage:
     """A step of a run: `run` writes files into the folder it is given and returns the result.
 
-    `left_out` says why a recipe has no need of the stage (None: it has). A stage `on_all_ranks` runs in every process of
-    a torchrun run, any other in the first alone.
+    `left_out` says why a recipe has no need of the stage (None: it has). A stage `on_all_ranks` runs in every process
+    of a torchrun run, any other in the first alone.
     """
 
     name: str

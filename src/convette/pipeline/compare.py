@@ -35,6 +35,7 @@ from convette.errors import FileFormatError, UsageError, did_you_mean
 from convette.pipeline._toml import line_of, read_toml
 from convette.pipeline.fit import run_recipe
 from convette.pipeline.recipe import Recipe, build_recipe, load_recipe
+from convette.pipeline.results import read_run
 from convette.pipeline.stages import COMPARE
 
 LEVEL = 0.95
@@ -108,7 +109,9 @@ class Comparison(BaseModel):
         """Return rows and summary as text."""
         lines = [["", *self.columns], *([name, *cells] for name, cells in self.rows.items())]
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
         return "\n".join([*text, "", self.summary])
 
 
@@ -127,8 +130,8 @@ def compare(
 
     .. math:: m \\pm t_{0.975,\\,n-1} \\, s / \\sqrt n
 
-    and for `metric` the same of the differences to the baseline, paired by seed. Every run has a folder of its own under
-    `runs` (None: ``runs/compare-SLUG``) and is skipped when it is finished there.
+    and for `metric` the same of the differences to the baseline, paired by seed. Every run has a folder of its own
+    under `runs` (None: ``runs/compare-SLUG``) and is skipped when it is finished there.
 
     Raises `UsageError` with fewer than two recipes or two seeds.
     """
@@ -138,13 +141,14 @@ def compare(
     if len(numbers) < 2:
         raise UsageError(f"compare: {len(numbers)} seed says nothing about chance; give at least 2, better 5.")
     base = Path(runs) if runs is not None else Path("runs") / f"compare-{slug}"
-    started = time.monotonic()
     found: dict[str, list[dict[str, float]]] = {name: [] for name in recipes}
     # Seed by seed, so that an early stop leaves whole pairs.
     for seed in numbers:
         for name, recipe in recipes.items():
             found[name].append(_one_run(recipe, seed, base / f"{name}-seed{seed}", f"{name}, seed {seed}"))
-    shared = [key for key in found[next(iter(found))][0] if all(key in one for runs_ in found.values() for one in runs_)]
+    shared = [
+        key for key in found[next(iter(found))][0] if all(key in one for runs_ in found.values() for one in runs_)
+    ]
     if metric not in shared:
         raise UsageError(f"compare: the runs have no figure {metric!r}.{did_you_mean(metric, shared)}")
     sides = _sides(recipes, found, shared, metric)
@@ -159,7 +163,7 @@ def compare(
         summary=_summary(sides, metric, len(numbers)),
         columns=columns,
         rows=rows,
-        **{**_provenance.provenance(time.monotonic() - started), "seconds": round(sum(sum(s.seconds) for s in sides), 1)},
+        **_provenance.provenance(sum(sum(side.seconds) for side in sides)),
     )
 
 
@@ -201,7 +205,9 @@ def load_evidence(path: Path | str, overrides: Mapping[str, Any] | None = None) 
     known = ("slug", "question", "metric", "seeds", "common", "baseline", "method")
     for key in tables:
         if key not in known:
-            raise UsageError(f"{path}, line {line_of(text, [key])}: no key {key!r} in evidence.{did_you_mean(key, known)}")
+            raise UsageError(
+                f"{path}, line {line_of(text, [key])}: no key {key!r} in evidence.{did_you_mean(key, known)}"
+            )
     for key in ("slug", "baseline", "method"):
         if key not in tables:
             raise UsageError(f"{path}: {key} is missing; an evidence file names slug, baseline and method.")
@@ -258,22 +264,13 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def _one_run(recipe: Recipe, seed: int, folder: Path, title: str) -> dict[str, float]:
-    seeded = build_recipe(_toml_tables(recipe), {"run.seed": seed})
+    seeded = build_recipe(recipe.tables(), {"run.seed": seed})
     note(f"compare: {title}")
     started = time.monotonic()
     result = run_recipe(seeded, COMPARE, out=folder)
-    from convette.pipeline.results import read_run
-
     stages = [stage for stage in read_run(folder).stages if stage.state == "finished"]
     seconds = sum(stage.seconds for stage in stages) or time.monotonic() - started
     return {row.key: row.after for row in result.summary.rows} | {"seconds": seconds}
-
-
-def _toml_tables(recipe: Recipe) -> dict[str, Any]:
-    return {
-        section: {key: value for key, value in table.items() if value is not None or section in ("train",)}
-        for section, table in recipe.tables().items()
-    }
 
 
 def _sides(
@@ -287,9 +284,7 @@ def _sides(
             base = sides[0].figures[metric].values
             difference = estimate([a - b for a, b in zip(figures[metric].values, base, strict=True)])
         seconds = [one["seconds"] for one in found[name]]
-        sides.append(
-            Side(name=name, recipe=recipe.tables(), figures=figures, difference=difference, seconds=seconds)
-        )
+        sides.append(Side(name=name, recipe=recipe.tables(), figures=figures, difference=difference, seconds=seconds))
     return sides
 
 

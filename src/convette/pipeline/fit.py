@@ -67,9 +67,9 @@ def fit(
 ) -> FitResult:
     """Train a network on `data` that fits `budget`; verify, explain, export and report it.
 
-    Stages: data, model, train, compress, quantize, export, verify, explain, report. The same call again goes on where it was
-    stopped; what is finished is skipped. On a CPU with one thread an interrupted run ends with the same weights, bit for bit,
-    as an undisturbed one (budgets on latency aside: those are measured).
+    Stages: data, model, train, compress, quantize, export, verify, explain, report. The same call again goes on where
+    it was stopped; what is finished is skipped. On a CPU with one thread an interrupted run ends with the same weights,
+    bit for bit, as an undisturbed one (budgets on latency aside: those are measured).
 
     Args:
         data: ``"digits"``, ``"folder:PATH"``, ``"parquet:PATH"``, ``"hub:NAME"``, ``"torchvision:NAME"``.

@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convette import data, models, surgery
 from convette._files import replacing
 from convette.cost import Budget, Cost, LimitStatus, format_bytes, format_count, format_milliseconds, status_text
 from convette.cost import measure as measure_cost
 from convette.data import Preprocessing
-from convette.errors import UsageError
+from convette.errors import UsageError, did_you_mean
 from convette.runtime import missing
 
 CIFAR_SIDE, IMAGENET_SIDE = 32, 224
+PICTURE_SIDE = 320
 _IMAGENET_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -75,7 +76,7 @@ def cost_of(
 ) -> tuple[Cost, tuple[LimitStatus, ...]]:
     """Return the cost of a network on noise of its input's shape, and how it stands against an (absolute) `budget`.
 
-    `engines`: where to measure latency; None: eager, ONNX Runtime and OpenVINO (and those the budget names); empty: nowhere.
+    `engines`: where to measure latency, besides those the budget names; None: eager, ONNX Runtime and OpenVINO.
     """
     limits = Budget.parse(budget).on("eager:cpu") if budget else None
     if limits and any(limit.relative for limit in limits.limits):
@@ -97,8 +98,8 @@ def cost_report(cost: Cost, statuses: tuple[LimitStatus, ...]) -> Any:
     from rich.table import Table
 
     totals = (
-        f"{format_count(cost.parameters)} parameters, {format_count(cost.macs)} MACs, weights {format_bytes(cost.size)}, "
-        f"activations at most {format_bytes(cost.memory)}"
+        f"{format_count(cost.parameters)} parameters, {format_count(cost.macs)} MACs, "
+        f"weights {format_bytes(cost.size)}, activations at most {format_bytes(cost.memory)}"
     )
     parts: list[Any] = [cost.table(), totals]
     if cost.latency:
@@ -128,7 +129,7 @@ def required_name(argument: str | None, option: str | None) -> str:
 
 @dataclass(frozen=True)
 class ImageExplanation:
-    """What a network says of an image (`prediction`, its name, `confidence` in 0..1) and the picture that was written."""
+    """What a network says of an image (`prediction`, its name, `confidence` in 0..1), and the picture written."""
 
     prediction: int
     name: str
@@ -156,42 +157,35 @@ def explain_image(
 
     `method`: ``"eigen_cam"`` (no class needed) or ``"grad_cam"`` (for `class_index`, or the predicted class).
     """
-    from convette.explain import EigenCAM, GradCAM, overlay, target_layer
+    from convette.explain import EXPLAINERS, EigenCAM, GradCAM, overlay
 
+    if method not in EXPLAINERS:
+        raise UsageError(f"--method {method!r} is unknown.{did_you_mean(method, EXPLAINERS)}")
     preprocessing = input_of(model)
     pixels = data.load_image(image, preprocessing)
     inputs = preprocessing(pixels)
     with torch.no_grad():
         probabilities = model(inputs).softmax(1)[0]
-    chosen = target_layer(model, inputs)
     prediction = int(probabilities.argmax())
-    if class_index is not None and not 0 <= class_index < len(probabilities):
-        raise UsageError(f"class {class_index} does not exist: the network has classes 0 to {len(probabilities) - 1}.")
-    if method == "grad_cam":
-        wanted = torch.tensor([prediction if class_index is None else class_index])
-        heat = GradCAM(model, layer)(inputs, wanted)
-    else:
-        heat = EigenCAM(model, layer)(inputs)
-    _write_picture(overlay(pixels[0], heat[0].detach()), Path(out))
+    found = (GradCAM if method == "grad_cam" else EigenCAM)(model, layer).explain(inputs, class_index)
+    scale = max(1, PICTURE_SIDE // max(pixels.shape[-2:]))
+    _write_picture(overlay(pixels[0], found.maps[0], scale=scale), Path(out))
     names = surgery.card_of(model).class_names
     return ImageExplanation(
         prediction=prediction,
         name=names[prediction] if prediction < len(names) else str(prediction),
         confidence=float(probabilities[prediction]),
         method=method,
-        layer=layer or chosen.name,
-        reason="as asked" if layer else chosen.reason,
+        layer=found.layer,
+        reason=found.reason,
         file=Path(out),
     )
 
 
-def _write_picture(pixels: Tensor | np.ndarray, path: Path, side: int = 320) -> None:
+def _write_picture(pixels: np.ndarray, path: Path) -> None:
     from PIL import Image
 
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UsageError(f"{path}: a picture is written as .png or .jpg.")
-    picture = Image.fromarray(np.asarray(pixels, dtype=np.uint8))
-    scale = max(1, side // max(picture.size))
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     with replacing(path) as temporary:
-        picture.save(temporary)
+        Image.fromarray(pixels).save(temporary)

@@ -29,10 +29,11 @@ from convette.pruning import PruneSettings
 from convette.quantization import QuantizeSettings
 from convette.training import TrainSettings
 
-
 TRAIN = TrainSettings()
 # Recovery after pruning takes this share of the training's epochs more.
 RECOVERY_SHARE = 0.5
+# Sections with a seed that follows the run's. That of the data stays: another seed must not mean other test images.
+SEEDED = ("train", "prune", "quantize")
 
 
 class Section(BaseModel):
@@ -42,7 +43,7 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
-    """`[data]`: where the images come from (`convette.load_data`). `mean` and `std` are found by looking unless given."""
+    """`[data]`: where the images come from (`convette.load_data`); `mean`, `std`: found by looking unless given."""
 
     source: str = "digits"
     image_size: int | None = Field(None, ge=1)
@@ -56,7 +57,7 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """`[model]`: the network to start from (`convette.create_model`). `stem = "auto"`: small for images up to 64 pixels."""
+    """`[model]`: the network to start from (`convette.create_model`); `stem` "auto": small for images up to 64 px."""
 
     name: str = "auto"
     stem: Literal["auto", "default", "small"] = "auto"
@@ -72,7 +73,10 @@ class BudgetSection(Section):
     @field_validator("limits")
     @classmethod
     def _readable(cls, limits: str) -> str:
-        return str(Budget.parse(limits)) if limits.strip() else ""
+        try:
+            return str(Budget.parse(limits)) if limits.strip() else ""
+        except ConvetteError as error:
+            raise ValueError(str(error)) from error
 
 
 class ExportSection(Section):
@@ -185,7 +189,7 @@ def build_recipe(
     given = dict(overrides or {})
     _unfollow(merged, given)
     if "run.seed" in given:
-        given |= {f"{name}.seed": given.get(f"{name}.seed", given["run.seed"]) for name in ("train", "prune", "quantize")}
+        given = {f"{name}.seed": given["run.seed"] for name in SEEDED} | given
     for dotted, value in given.items():
         section, _, key = dotted.partition(".")
         table = merged.setdefault(section, {})
@@ -197,9 +201,8 @@ def build_recipe(
     except ValidationError as error:
         raise _explained(error, merged, given, source, text) from None
     except ConvetteError as error:
-        # Raised by the settings themselves: they name the key; the place is added here.
-        key = str(error).split(" ", 1)[0].strip(":").split(".")
-        raise type(error)(f"{_place(key, given, source, text)}{error}") from None
+        # Raised by the settings of another room, which know nothing of files: the place is added here.
+        raise type(error)(f"{_place(_blamed(merged, str(error)), given, source, text)}{error}") from None
 
 
 def parse_value(text: str) -> Any:
@@ -226,16 +229,17 @@ def _recovery_epochs(epochs: int) -> int:
 
 
 def _with_followers(tables: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the keys that follow another one unless they are given: seeds the run's, recovery the training's length."""
+    """Fill in the keys that follow others unless they are given: seeds the run's, recovery the training's length."""
     run, train = tables.get("run", {}), tables.get("train", {})
     seed = run.get("seed", 0) if isinstance(run, dict) else getattr(run, "seed", 0)
     epochs = train.get("epochs", TRAIN.epochs) if isinstance(train, dict) else getattr(train, "epochs", TRAIN.epochs)
-    for section in ("train", "prune", "quantize"):
+    for section in SEEDED:
         table = tables.get(section, {})
-        if isinstance(table, dict):
+        if isinstance(table, dict) and isinstance(seed, int):
             tables[section] = {"seed": seed, **table}
-    if isinstance(tables["prune"], dict) and isinstance(epochs, int):
-        tables["prune"] = {"epochs": _recovery_epochs(epochs), **tables["prune"]}
+    prune = tables.get("prune", {})
+    if isinstance(prune, dict) and isinstance(epochs, int):
+        tables["prune"] = {"epochs": _recovery_epochs(epochs), **prune}
     return tables
 
 
@@ -267,6 +271,21 @@ def _keys_of(section: str) -> list[str]:
     return list(kind.model_fields)  # type: ignore[union-attr]
 
 
+def _blamed(tables: Mapping[str, Any], message: str) -> list[str]:
+    """Return the section whose settings refuse their values, and the key of it that `message` speaks of."""
+    for section, table in tables.items():
+        try:
+            Recipe.model_validate({section: table})
+        except ConvetteError:
+            keys = table if isinstance(table, dict) else {}
+            named = [key for key in keys if f"{section}.{key} " in message]
+            # Else the key whose value is quoted; the longest, because a 3 is found in many words.
+            quoted = [key for key, value in keys.items() if repr(value) in message]
+            named += sorted(quoted, key=lambda key: -len(repr(keys[key])))
+            return [section, *named[:1]]
+    return []
+
+
 def _place(key: Sequence[str], given: Mapping[str, Any], source: str, text: str) -> str:
     if ".".join(key[:2]) in given:
         return ""
@@ -289,7 +308,7 @@ def _explained(
             f"{place}no key {location[1]!r} in [{section}].{did_you_mean(location[1], _keys_of(section))}"
         )
     if isinstance(first.get("ctx", {}).get("error"), Exception):
-        return UsageError(f"{place}{'.'.join(key)}: {first['ctx']['error']}")
+        return UsageError(f"{place}{first['ctx']['error']}")
     message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "literal_error":
         options = [option.strip("'") for option in first["ctx"]["expected"].replace(" or ", ", ").split(", ")]

@@ -82,7 +82,7 @@ class DataResult(StageResult):
 
 
 class ModelResult(StageResult):
-    """`model/result.json`. `cost` and `smallest` are `convette.cost.Cost.to_json()` of the start and of its thinnest self."""
+    """`model/result.json`. `cost` and `smallest`: `convette.cost.Cost` as JSON, of the start and its thinnest self."""
 
     name: str
     requested: str
@@ -229,7 +229,7 @@ class ExplainedImage(Part):
 
 
 class ExplainResult(StageResult):
-    """`explain/result.json`; `drift` is 1 - mean correlation."""
+    """`explain/result.json`; `drift`: 1 - mean correlation over `drift_images` test images, with its 95 % interval."""
 
     method: str
     layer_before: str
@@ -237,6 +237,8 @@ class ExplainResult(StageResult):
     reason: str
     images: list[ExplainedImage]
     drift: float
+    drift_interval: tuple[float, float]
+    drift_images: int
     maps: str = "maps.npz"
 
 
@@ -247,7 +249,7 @@ class ReportResult(StageResult):
 
 
 class StageState(Part):
-    """A stage in `run.json`: finished (seconds it took, in the sitting that finished it), left out (why), or still to do."""
+    """A stage in `run.json`: finished (in how many seconds of its last sitting), left out (why), or still to do."""
 
     name: str
     state: Literal["to do", "finished", "left out"]

@@ -13,7 +13,16 @@ from convette import _files, _provenance
 from convette._progress import note
 from convette.errors import UsageError
 from convette.pipeline.recipe import Recipe
-from convette.pipeline.results import RESULT_FILE, RUN_FILE, RunRecord, StageResult, StageState, Summary, read_result, read_run
+from convette.pipeline.results import (
+    RESULT_FILE,
+    RUN_FILE,
+    RunRecord,
+    StageResult,
+    StageState,
+    Summary,
+    read_result,
+    read_run,
+)
 
 CHECKPOINTS = "checkpoint"
 LOGS = "log"
@@ -55,13 +64,11 @@ class RunFolder:
                     _remove(item)
         return folder
 
-    def finish(self, stage: str, result: StageResult, note_text: str = "") -> None:
+    def finish(self, stage: str, result: StageResult) -> None:
         """Write the result of `stage`: from here on it is finished. Then its checkpoints go."""
         _files.write_json(self.path / stage / RESULT_FILE, result.model_dump(mode="json"))
         shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
-        self._set(
-            StageState(name=stage, state="finished", seconds=result.seconds, finished_at=result.finished_at, note=note_text)
-        )
+        self._set(_finished(stage, result))
 
     def leave_out(self, stage: str, reason: str) -> None:
         """Note that `stage` does not apply to this run, and why."""
@@ -134,13 +141,13 @@ def _locked(path: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(path / LOCK_FILE)
-    try:
-        with _files.storage_errors(path / LOCK_FILE):
+    with _files.storage_errors(path / LOCK_FILE):
+        try:
             lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(
-            f"{path}: another process is working on this run. Wait until it ends, or give another --out."
-        ) from None
+        except Timeout:
+            raise UsageError(
+                f"{path}: another process is working on this run. Wait until it ends, or give another --out."
+            ) from None
     try:
         yield
     finally:
@@ -160,7 +167,7 @@ def _refuse_foreign(path: Path) -> None:
 def _refuse_another_recipe(path: Path, record: RunRecord, recipe: Recipe) -> None:
     for key, old, new in differences(record.recipe, recipe.tables()):
         raise UsageError(
-            f"{path}: was begun with {key} = {old!r}, now it is {new!r}. Give another --out, or --restart to begin anew."
+            f"{path}: was begun with {key} = {old!r}, now it is {new!r}. Use another --out, or --restart to begin anew."
         )
 
 
@@ -211,11 +218,13 @@ def _tidy(folder: RunFolder) -> None:
             if state.state != "finished":
                 # The process ended between the result and this record of it.
                 result = read_result(folder.path, stage)
-                folder._set(
-                    StageState(name=stage, state="finished", seconds=result.seconds, finished_at=result.finished_at)
-                )
+                folder._set(_finished(stage, result))
     if not whole and folder.record.state == "finished":
         folder._write(state="running", summary=None)
+
+
+def _finished(stage: str, result: StageResult) -> StageState:
+    return StageState(name=stage, state="finished", seconds=result.seconds, finished_at=result.finished_at)
 
 
 def _remove(item: Path) -> None:

@@ -46,11 +46,14 @@ def _network(path: Path) -> tuple[dict[str, Any], str]:
             "preprocessing": dict(header.card.preprocessing),
             "history": [dict(step) for step in header.card.history],
         },
-        "tensors": {name: {"dtype": str(dtype), "shape": list(shape)} for name, (dtype, shape) in header.tensors.items()},
+        "tensors": {
+            name: {"dtype": str(dtype), "shape": list(shape)} for name, (dtype, shape) in header.tensors.items()
+        },
     }
     arguments = ", ".join(f"{key}={item!r}" for key, item in header.origin.arguments.items())
+    size = format_bytes(path.stat().st_size)
     lines = [
-        f"{path}: {format_bytes(path.stat().st_size)}, {len(header.tensors)} tensors, {format_count(parameters)} values",
+        f"{path}: {size}, {len(header.tensors)} tensors, {format_count(parameters)} values",
         f"origin   {header.origin.constructor}({arguments})",
         f"task     {header.card.task}: {len(header.card.class_names)} classes ({_shortened(header.card.class_names)})",
     ]
@@ -78,7 +81,9 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
 
 def _step(step: Any) -> str:
     figures = {key: value for key, value in step.items() if key != "step" and isinstance(value, int | float | str)}
-    words = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items())
+    words = ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
+    )
     return f"{step.get('step', '?')}: {words}"
 
 
@@ -88,7 +93,9 @@ def _edit(edit: dict[str, Any]) -> str:
 
 
 def _lines(value: dict[str, Any]) -> str:
-    return "\n".join(f"{key:<14} {_shortened(item) if isinstance(item, list | tuple) else item}" for key, item in value.items())
+    return "\n".join(
+        f"{key:<14} {_shortened(item) if isinstance(item, list | tuple) else item}" for key, item in value.items()
+    )
 
 
 def _shortened(items: Any, most: int = 12) -> str:

@@ -124,7 +124,8 @@ def _notes(run_dir: Path, verified: VerifyResult) -> list[str]:
     explained: ExplainResult | None = read_result(run_dir, "explain")
     if explained is not None:
         notes.append(
-            f"Where it looks drifted by {explained.drift:.2f} over {len(explained.images)} images (0: same, 1: unrelated)."
+            f"Where it looks drifted by {explained.drift:.2f} over {explained.drift_images} test images "
+            "(0: the same, 1: unrelated)."
         )
     return notes
 

@@ -8,38 +8,42 @@ from torch import Tensor, nn
 
 from convette._files import replacing
 from convette._progress import note
-from convette.explain import EigenCAM, GradCAM, rank_correlation, target_layer
+from convette.explain import EigenCAM, Explanation, GradCAM, choose_layer, explanation_drift, rank_correlation
 from convette.pipeline._run import Run, Stage
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import ExplainedImage, ExplainResult
 
+DRIFT_IMAGES = 256
+
 
 def explain(run: Run, folder: Path) -> ExplainResult:
-    """Draw class-activation maps of the networks before and after, for the same images."""
-    section = run.recipe.explain
+    """Draw class-activation maps of the networks before and after, for the same images, and measure their drift."""
+    method = run.recipe.explain.method
+    assert method != "off"
     before, after = run.network("train"), run.network(run.final_stage())
+    test = run.data.test
+    drift = explanation_drift(
+        before, after, run.data.preprocessing(test.images(range(min(DRIFT_IMAGES, len(test))))), method=method
+    )
+    note(f"explain: over {drift.images} test images the maps correlate {drift.correlation:.2f} with those before")
     with np.load(run.path / "verify" / "predictions.npz") as arrays:
         table = {name: arrays[name] for name in arrays.files}
-    chosen = choose_images(table["labels"], table["after"], table["confidence_after"], section.images)
-    images = run.data.test.images(chosen.tolist())
+    chosen = choose_images(table["labels"], table["after"], table["confidence_after"], run.recipe.explain.images)
+    images = test.images(chosen.tolist())
     inputs = run.data.preprocessing(images)
-    maps = {
-        "before": _maps(section.method, before, inputs, table["before"][chosen]),
-        "after": _maps(section.method, after, inputs, table["after"][chosen]),
-    }
-    correlations = [float(rank_correlation(a, b)) for a, b in zip(maps["before"], maps["after"], strict=True)]
-    drift = 1 - sum(correlations) / len(correlations)
-    note(f"explain: the maps of {len(chosen)} images drifted by {drift:.2f} (0: the same, 1: unrelated)")
+    classes = torch.from_numpy(table["before"][chosen])
+    maps = [
+        _maps(method, network, layer, inputs, classes)
+        for network, layer in ((before, drift.layer_before), (after, drift.layer_after))
+    ]
+    correlations = rank_correlation(maps[0].maps, maps[1].maps).tolist()
     with replacing(folder / "maps.npz") as temporary:
-        np.savez_compressed(
-            temporary, images=images.numpy(), before=maps["before"].numpy(), after=maps["after"].numpy()
-        )
-    layers = [target_layer(network, run.example) for network in (before, after)]
+        np.savez_compressed(temporary, images=images.numpy(), before=maps[0].maps.numpy(), after=maps[1].maps.numpy())
     return ExplainResult(
-        method=section.method,
-        layer_before=layers[0].name,
-        layer_after=layers[1].name,
-        reason=layers[1].reason,
+        method=method,
+        layer_before=drift.layer_before,
+        layer_after=drift.layer_after,
+        reason=choose_layer(before, inputs).reason,
         images=[
             ExplainedImage(
                 index=int(index),
@@ -52,7 +56,9 @@ def explain(run: Run, folder: Path) -> ExplainResult:
             )
             for index, correlation in zip(chosen, correlations, strict=True)
         ],
-        drift=drift,
+        drift=1 - drift.correlation,
+        drift_interval=(1 - drift.high, 1 - drift.low),
+        drift_images=drift.images,
     )
 
 
@@ -67,10 +73,11 @@ def choose_images(labels: np.ndarray, predictions: np.ndarray, confidence: np.nd
     return np.concatenate([right, wrong])
 
 
-def _maps(method: str, network: nn.Module, inputs: Tensor, classes: np.ndarray) -> Tensor:
+def _maps(method: str, network: nn.Module, layer: str, inputs: Tensor, classes: Tensor) -> Explanation:
     if method == "grad_cam":
-        return GradCAM(network)(inputs, torch.from_numpy(classes)).detach().float().cpu()
-    return EigenCAM(network)(inputs).detach().float().cpu()
+        # For both networks the class that the first one saw, as in the drift.
+        return GradCAM(network, layer).explain(inputs, classes)
+    return EigenCAM(network, layer).explain(inputs)
 
 
 def _left_out(recipe: Recipe) -> str | None:

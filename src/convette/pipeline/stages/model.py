@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
@@ -54,7 +55,7 @@ def choose_name(section: ModelSection, data: ImageData) -> tuple[str, str]:
     return "timm:resnet18", f"images of {side} pixels are large"
 
 
-def choose_stem(section: ModelSection, data: ImageData) -> models.Stem:
+def choose_stem(section: ModelSection, data: ImageData) -> Literal["default", "small"]:
     """Return the stem for these images: small ones must not lose resolution in it."""
     if section.stem != "auto":
         return section.stem

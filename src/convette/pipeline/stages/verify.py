@@ -116,9 +116,7 @@ def _int8(run: Run, files: list[ExportedFile]) -> dict[str, Path]:
 
 def _limits(run: Run, before: Cost, after: Cost) -> list:
     assert run.budget is not None
-    known = [
-        limit for limit in run.budget.limits if limit.metric != "latency" or limit.engine in after.latency
-    ]
+    known = [limit for limit in run.budget.limits if limit.metric != "latency" or limit.engine in after.latency]
     budget = replace(run.budget, limits=tuple(known))
     return [limit_result(status) for status in budget.resolve(before).check(after)]
 
