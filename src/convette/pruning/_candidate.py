@@ -85,8 +85,8 @@ def cut(network: nn.Module, graph: ChannelGraph, selection: Selection) -> nn.Mod
     return network
 
 
-def check_reachable(candidate: Candidate, budget: Budget, start: Cost, measured: MeasuredLimits) -> None:
-    """Raise `BudgetError` with the smallest reachable cost if the smallest network does not meet `budget`."""
+def check_reachable(candidate: Candidate, budget: Budget, start: Cost, measured: MeasuredLimits) -> Cost:
+    """Return the smallest reachable cost; raise `BudgetError` with it if that network does not meet `budget`."""
     network = candidate.cut(candidate.smallest())
     smallest = count(network, measured.example)
     if measured.engines:
@@ -97,6 +97,7 @@ def check_reachable(candidate: Candidate, budget: Budget, start: Cost, measured:
     if not resolved.met(smallest):
         share = f"{candidate.settings.min_fraction:.0%}"
         raise unreachable(resolved, smallest, f"(min_fraction keeps {share} of every layer; less may be set.)")
+    return smallest
 
 
 def reach_measured(

@@ -1,12 +1,14 @@
 """Iterative pruning to a budget: score, allocate, cut, recover, again."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from convette.cost import Budget
+from convette.cost import Budget, Cost
 from convette.data import ImageData
+from convette.pruning._candidate import check_reachable, prepare_candidate
 from convette.pruning._measured import Measure, measure_latencies
 from convette.pruning._run import prepare_run
 from convette.pruning.result import PruneResult
@@ -70,3 +72,24 @@ def prune(
     while not run.done(network):
         network = run.next_step(network)
     return run.result(network)
+
+
+def check_budget(
+    model: nn.Module,
+    data: ImageData,
+    budget: Budget | str,
+    settings: PruneSettings | None = None,
+    *,
+    measure: Measure = measure_latencies,
+) -> Cost:
+    """Return the cost of the thinnest network that `prune` can reach from `model`, without training anything.
+
+    Latencies that the budget limits are measured, interleaved with `model`. Raises `BudgetError`, naming that cost, if
+    not even the thinnest network meets `budget`.
+    """
+    settings = settings or PruneSettings()
+    run = prepare_run(model, data, budget, settings, None, measure, None, torch.device("cpu"))
+    # How thin it can get does not depend on what units are worth, so the cheapest criterion will do.
+    plain = replace(settings, criterion="l1", criterion_options={})
+    candidate = prepare_candidate(run.parent, run.example, run.minimum, plain, [], 0)
+    return check_reachable(candidate, run.budget, run.start, run.measured)
