@@ -5,10 +5,10 @@
 
 Every arm starts from the given weights, is pruned to the same limit on MACs (our counter for all), gets its
 batch-norm statistics anew from the same images and the same epochs of training with the same settings and the same
-teacher. The validation split (a tenth of the training images, which the given weights saw) serves for choosing; the test split is
-looked at once an arm, for the table. Torch-Pruning 1.6.1 (`pip install convette[benchmarks]`) prunes the inner layers of
-the blocks only: it does not know what the zero-padding shortcuts do to channels, so the residual streams are given to
-it as layers to ignore.
+teacher. The validation split (a tenth of the training images, which the given weights saw) serves for choosing; the
+test split is looked at once an arm, for the table. Torch-Pruning 1.6.1 (`pip install convette[benchmarks]`) prunes the
+inner layers of the blocks only: it does not know what the zero-padding shortcuts do to channels, so the residual
+streams are given to it as layers to ignore.
 """
 
 import argparse

@@ -112,7 +112,8 @@ def test_channels_stay_in_multiples(network, example):
 
 
 @pytest.mark.parametrize(
-    "budget", ["macs<=1100", "parameters<=1000", "size<=1KB", "memory<=1KB", "latency<=1us", "macs<=99%, latency<=1us"]
+    "budget",
+    ["macs<=1100", "parameters<=0.05K", "size<=300B", "memory<=0.3KB", "latency<=1us", "macs<=99%, latency<=1us"],
 )
 def test_out_of_reach_is_said_before_anything_is_cut(network, example, budget):
     with pytest.raises(BudgetError, match="at the least") as caught:

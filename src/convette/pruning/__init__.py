@@ -18,21 +18,24 @@ from convette.pruning.criteria import (
     score_units,
     taylor,
 )
+from convette.pruning.gradual import GradualPruning
 from convette.pruning.recovery import RECOVERY, recalibrate, recover
 from convette.pruning.result import PruneResult, StepRecord
-from convette.pruning.schedule import prune
+from convette.pruning.schedule import check_budget, prune
 from convette.pruning.settings import PruneSettings
 
 __all__ = [
     "ALLOCATIONS",
     "CRITERIA",
     "RECOVERY",
+    "GradualPruning",
     "PruneResult",
     "PruneSettings",
     "Scores",
     "StepRecord",
     "WidthRules",
     "bn_scale",
+    "check_budget",
     "find_allocation",
     "find_criterion",
     "global_ranking",

@@ -127,8 +127,11 @@ class Run:
             selection = candidate.within(self.limits_at(self.step / self.settings.steps, cap))
         elif self.measured.limits:
             # A step beyond the last means that the final measurement missed: the cap was lowered for it.
-            base = self.limits if self.step == self.settings.steps else (*self.limits, macs_limit(cap or now))
-            selection, found = reach_measured(candidate, base, self.measured, now, guess=cap, note=_say)
+            floor = candidate.width_cost.macs(candidate.smallest())
+            beyond = (macs_limit(max(cap or now, floor)),) if self.step > self.settings.steps else ()
+            selection, found = reach_measured(
+                candidate, (*self.limits, *beyond), self.measured, now, guess=cap, note=_say
+            )
             cap = found if found is not None else cap
         else:
             selection = candidate.within(self.limits)
@@ -173,7 +176,8 @@ class Run:
         share = self._worst_latency()
         if share <= 1 or self.step >= self.settings.steps + EXTRA_STEPS:
             return True
-        self.cap = self.records[-1].cost.macs * (1 - self.settings.latency_margin) / share
+        # One disturbed measurement must not cost most of the network: a fifth of it at most.
+        self.cap = self.records[-1].cost.macs * max((1 - self.settings.latency_margin) / share, 0.8)
         _say(f"pruning: the final measurement is at {share:.1%} of the limit; cutting further")
         return False
 
@@ -251,7 +255,7 @@ def prepare_run(
     example = to_device(images.preprocessing(images.train.images(torch.tensor([0]))) if images else data, device)
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     start = count(parent, example)
-    limits = tuple(limit for limit in budget.resolve(start).limits if limit.metric not in MEASURED)
+    counted = Budget(tuple(limit for limit in budget.limits if limit.metric not in MEASURED))
     minimum = {group.name: math.ceil(settings.min_fraction * group.size) for group in trace(parent, example).groups}
     chosen = asdict(train_settings) if train_settings else None
     parts = [str(budget), asdict(settings), chosen]
@@ -265,7 +269,7 @@ def prepare_run(
         device=device,
         budget=budget,
         start=start,
-        limits=limits,
+        limits=counted.resolve(start).limits,
         measured=MeasuredLimits(budget.limits, parent, example, start.memory, measure),
         minimum=minimum,
         store=StateStore(checkpoint_dir, fingerprint(parent, parts)),

@@ -63,8 +63,9 @@ def _ladder(group: Group, score: Tensor, rules: WidthRules) -> Ladder:
     offsets = torch.arange(parts).unsqueeze(1) * (group.size // parts)
     order = (by_part.indices + offsets).t().flatten()
     ranked = score[order]
-    step = math.lcm(parts, rules.multiple_of // math.gcd(rules.multiple_of, _channels_per_unit(group)))
-    least = min(max(rules.minimum.get(group.name, 1), 1), group.size)
+    per_unit = _channels_per_unit(group)
+    step = math.lcm(parts, group.constraints.multiple_of, rules.multiple_of // math.gcd(rules.multiple_of, per_unit))
+    least = min(max(rules.minimum.get(group.name, 1), group.constraints.minimum, 1), group.size)
     first = math.ceil(least / step) * step
     widths = (*range(first, group.size, step), group.size)
     blocks = tuple(float(ranked[low:high].mean()) for low, high in itertools.pairwise(widths))

@@ -17,11 +17,14 @@ def cheapest_first(
     price: Callable[[Ladder, int], float],
     width_cost: WidthCost,
     limit: Limit | Sequence[Limit],
+    *,
+    taken_back: int | None = None,
 ) -> dict[str, Tensor]:
     """Remove blocks in ascending `price` until every limit is met, then take back what still fits.
 
     ``price(ladder, i)`` is the price of block i and must not increase with i. Bisects on the number of removed blocks,
-    exact to one block because costs never rise when units go; then offers each group its dearest removed blocks back.
+    exact to one block because costs never rise when units go; then offers each group its dearest removed blocks back,
+    at most `taken_back` of them (None: as many as fit).
     Returns a selection that leaves out the groups that stay whole. Raises `BudgetError` with the smallest reachable
     cost. Costs about log2(blocks) + groups evaluations of `width_cost`.
     """
@@ -54,19 +57,23 @@ def cheapest_first(
         middle = (too_few + enough) // 2
         too_few, enough = (too_few, middle) if fits(rungs_after(middle)) else (middle, enough)
     removed = [(ladders[position], -negative) for _, position, negative in blocks[:enough]]
-    return selection_of(ladders, _refill(removed, rungs_after(enough), fits))
+    return selection_of(ladders, _refill(removed, rungs_after(enough), fits, taken_back))
 
 
-def _refill(removed: list[tuple[Ladder, int]], rungs: Rungs, fits: Callable[[Rungs], bool]) -> Rungs:
+def _refill(
+    removed: list[tuple[Ladder, int]], rungs: Rungs, fits: Callable[[Rungs], bool], taken_back: int | None
+) -> Rungs:
+    lowest = rungs
     full = set()
     for ladder, block in reversed(removed):
-        if ladder.name in full:
+        name = ladder.name
+        if name in full or (taken_back is not None and rungs[name] - lowest[name] >= taken_back):
             continue
-        larger = {**rungs, ladder.name: block + 1}
+        larger = {**rungs, name: block + 1}
         if fits(larger):
             rungs = larger
         else:
-            full.add(ladder.name)
+            full.add(name)
     return rungs
 
 

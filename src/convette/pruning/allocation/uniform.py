@@ -25,10 +25,12 @@ def uniform(
     .. math:: |K_g| \approx (1 - r)\,|g|, \qquad r = \min\{r : cost(K) \le limit\}
 
     up to the rounding of widths; the scores only compare within a group. What fits again below the limit is taken back,
-    a block at a time.
+    at most a block from each group.
 
     Returns the kept units of every group that loses some. Raises `BudgetError` with the smallest reachable cost.
     Costs about log2(units) + groups cost predictions; `loss` is not used.
     """
     ladders = build_ladders(scores, graph, rules or WidthRules())
-    return cheapest_first(ladders, lambda ladder, block: ladder.removed_fraction(block), width_cost, limit)
+    return cheapest_first(
+        ladders, lambda ladder, block: ladder.removed_fraction(block), width_cost, limit, taken_back=1
+    )
