@@ -101,7 +101,7 @@ def test_the_size_is_found_by_looking(tmp_path, sizes, expected):
             Image.new("RGB", (width, height), (index, label, 9)).save(tmp_path / name / f"{index}.png")
     data = load(tmp_path)
     assert (data.preprocessing.height, data.preprocessing.width) == expected
-    assert bool(data.notes) == (expected != sizes[0])
+    assert any("cropped" in note for note in data.notes) == (expected != sizes[0])
     chosen = load(tmp_path, image_size=20)
     assert chosen.train.images([0]).shape == (1, 3, 20, 20)
     assert any("20x20" in note for note in chosen.notes)
@@ -231,6 +231,13 @@ def test_wrong_splits_end_with_the_remedy(make_folder):
     (make_folder("e/train").parent / "test").mkdir()
     with pytest.raises(DataError, match="test: has no class folders"):
         load(make_folder("e/train").parent)
+
+
+def test_classes_too_small_to_be_divided_stay_in_training_with_a_note(make_folder):
+    make_folder(classes=("cat", "dog"), count=20)
+    data = load(make_folder(classes=("rare",), count=1))
+    assert data.train.class_counts.tolist() == [14, 14, 1]
+    assert any("test split has no image of 1 classes, such as 'rare'" in note for note in data.notes)
 
 
 def test_a_class_whose_images_are_all_damaged_is_named(make_folder):

@@ -100,6 +100,27 @@ def test_soft_targets_are_the_shares_that_are_seen(name):
     assert len(own.unique()) > 4  # a share for each image, not one for the batch
 
 
+def test_cuts_lie_elsewhere_in_each_image():
+    # kornia before 0.9 put all cuts of a batch at the same relative place.
+    images = (torch.arange(512) / 511)[:, None, None, None].expand(512, 1, 16, 16).clone()
+    out, _ = run(("cutmix",), images, torch.arange(512), num_classes=512)
+    cut = (out != images)[:, 0]
+    widths, starts = cut.any(dim=1).sum(dim=1), cut.any(dim=1).int().argmax(dim=1)
+    assert set(starts[widths == 8].tolist()) == set(range(9))
+    heights, tops = cut.any(dim=2).sum(dim=1), cut.any(dim=2).int().argmax(dim=1)
+    square = (widths == 8) & (heights == 8)
+    assert len(set(zip(starts[square].tolist(), tops[square].tolist(), strict=True))) > 10
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_a_last_batch_of_one_image_goes_through(name):
+    images = torch.rand(1, 3, 16, 16)
+    out, targets = run((name,), images, torch.tensor([2]))
+    assert out.shape == images.shape and torch.isfinite(out).all()
+    if targets.ndim == 2:
+        torch.testing.assert_close(targets, torch.eye(10)[[2]])
+
+
 def test_mixup_and_cutmix_together_mix_each_image_one_way():
     images = (torch.arange(64) / 63)[:, None, None, None].expand(64, 1, 8, 8).clone()
     out, targets = run(("cutmix", "mixup"), images, torch.arange(64), num_classes=64)

@@ -35,6 +35,8 @@ def inspect(examples: Examples, name: str) -> tuple[Int32[np.ndarray, "n 3"], di
     if isinstance(examples, ArrayExamples):
         _, channels, height, width = examples.array.shape
         headers[:] = height, width, channels == 1
+        for row in np.flatnonzero(examples.labels == NO_LABEL).tolist():
+            bad[row] = BadImage(examples.name(row), name, "no label")
     else:
         _for_all(examples, look, f"looking at the {name} images")
     return headers, dict(sorted(bad.items()))

@@ -115,6 +115,7 @@ def load_data(
         notes.append(f"{total} images are more than {memory_limit / 1024**3:.3g} GiB decoded: streamed")
     else:
         splits = _in_memory(raw, rows, pixels)
+    notes += _missing(splits, raw.class_names)
     found_mean, found_std = channel_statistics(splits["train"], limit=4096 if pixels is None else None)
     preprocessing = Preprocessing(
         frame.channels,
@@ -169,6 +170,15 @@ def _check_options(
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     values = tuple(float(value) for value in values)
     return values * channels if len(values) == 1 else values
+
+
+def _missing(splits: dict[str, ImageSplit], class_names: tuple[str, ...]) -> list[str]:
+    notes = []
+    for name in ("validation", "test"):
+        absent = [class_names[label] for label in torch.nonzero(splits[name].class_counts == 0).flatten().tolist()]
+        if absent:
+            notes.append(f"the {name} split has no image of {len(absent)} classes, such as {absent[0]!r}")
+    return notes
 
 
 def _cores() -> int:

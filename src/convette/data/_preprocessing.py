@@ -61,7 +61,7 @@ class Preprocessing:
             )
         if images.shape[-2:] != (self.height, self.width):
             images = _cover(images, self.height, self.width, self.interpolation)
-        return images.to(torch.float32).mul_(1 / 255)
+        return images.to(torch.float32).div_(255)
 
     def normalize(self, images: Images) -> Images:
         """Return ``(images - mean) / std`` for float images in 0..1."""

@@ -122,7 +122,9 @@ def _labels(dataset: Any, title: str) -> np.ndarray:
         if values is not None and len(values) == len(dataset):
             break
     else:
-        values = [dataset[index][1] for index in range(len(dataset))]
+        # Most others keep pairs of path and label; the last resort reads every image.
+        pairs = getattr(dataset, "_samples", None) or dataset
+        values = [pairs[index][1] for index in range(len(dataset))]
     array = np.asarray(values)
     if array.ndim != 1 or array.dtype.kind not in "iub":
         raise DataError(f"{title}: its targets are not one class a image, so it is no classification set.")
