@@ -15,7 +15,7 @@ from convette.quantization._calibration import training_images
 from convette.quantization._int8 import quantize_onnx, quantize_openvino
 from convette.quantization._settings import QuantizeSettings
 from convette.runtime import EngineSpec, Latency, Runner, export, exported_size, measure_latency, overlap, prepare
-from convette.runtime._surgery import card_of
+from convette.surgery import card_of
 
 Evaluate = Callable[[Runner, Any, Any], Any]
 

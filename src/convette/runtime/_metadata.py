@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from convette.errors import FileFormatError
-from convette.runtime._surgery import card_of
+from convette.surgery import card_of
 
 KEY = "convette"  # the key of the JSON text in ONNX `metadata_props` and OpenVINO `rt_info`
 
