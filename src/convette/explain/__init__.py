@@ -5,7 +5,7 @@ from convette.explain._overlay import overlay
 from convette.explain.drift import Drift, box_of, box_overlap, explanation_drift, rank_correlation
 from convette.explain.eigen_cam import EigenCAM, PrincipalMaps, eigen_cam, principal_maps
 from convette.explain.grad_cam import GradCAM, grad_cam
-from convette.explain.layers import LayerChoice, choose_layer, target_layer
+from convette.explain.layers import LayerChoice, target_layer
 
 # Name of an explainer (as recipes and the command line spell it) -> where it is.
 EXPLAINERS: dict[str, str] = {
@@ -24,7 +24,6 @@ __all__ = [
     "PrincipalMaps",
     "box_of",
     "box_overlap",
-    "choose_layer",
     "eigen_cam",
     "explanation_drift",
     "grad_cam",

@@ -41,7 +41,7 @@ class EigenCAM:
     """Class activation map without a class: the features projected on their first principal component.
 
     ``A = U S V^T``, ``map = A v_1``, with A the layer's output as (positions, channels), not centred; then what is
-    positive, scaled to 0..1 in each image and interpolated to its size.
+    positive (or all, where nothing is), scaled to 0..1 in each image and interpolated to its size.
 
     Args:
         model: any network with maps (n, c, h, w) inside; pruned, folded and quantised ones too. Left exactly as it was.
@@ -94,12 +94,17 @@ class EigenCAM:
                 method=self.method,
                 layer=choice.name,
                 reason=choice.reason,
-                maps=enlarge(normalise(raw), (images.shape[2], images.shape[3])),
+                maps=enlarge(normalise(_lifted(raw)), (images.shape[2], images.shape[3])),
                 raw=raw,
                 share=found.share[:, 0] if self.components == 1 else found.share,
                 gap=found.gap,
                 similarity=similarity(found.maps[:, 0], choice.name),
             )
+
+
+def _lifted(maps: Tensor) -> Tensor:
+    """Lift maps without anything positive (signed features) to start at 0: their order is all they say."""
+    return torch.where(maps.amax((-2, -1), keepdim=True) <= 0, maps - maps.amin((-2, -1), keepdim=True), maps)
 
 
 def eigen_cam(
@@ -130,8 +135,10 @@ def principal_maps(
             component); "svd", a full singular value decomposition, the slow reference.
 
     Raises:
-        UsageError: an unknown solver, or "power" for several components.
+        UsageError: features that are not finite, an unknown solver, or "power" for several components.
     """
+    if not bool(torch.isfinite(features.detach()).all()):
+        raise UsageError("Eigen-CAM: the features are not finite.")
     count, _, rows, columns = features.shape
     # Transposed views are cheap; (positions, channels) is the matrix of the equation.
     matrix = features.detach().to(_precise(features)).flatten(2).transpose(1, 2)
@@ -144,7 +151,9 @@ def principal_maps(
         nonnegative = torch.zeros_like(nonnegative)
     top, energies = _solve(matrix, components, solver)
     total = matrix.square().sum((1, 2))
-    top = _signed(top, mean, nonnegative)
+    # `size`: how long the mean over channels would be if the channels agreed.
+    size = (total / matrix.shape[2]).sqrt()
+    top = _signed(top, mean, nonnegative, size)
     missing = components - top.shape[1]
     if missing > 0:
         top = torch.cat([top, top.new_zeros(count, missing, top.shape[2])], 1)
@@ -207,15 +216,17 @@ def _power(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return top.transpose(1, 2), value
 
 
-def _signed(maps: Tensor, mean: Tensor, nonnegative: Tensor) -> Tensor:
+def _signed(maps: Tensor, mean: Tensor, nonnegative: Tensor, size: Tensor) -> Tensor:
     """Choose the sign of each map (n, m, positions); `mean` is the mean over channels (n, positions)."""
     # For features that are not negative, sum(v_1) has the sign of map . mean, for v_1 = A^T map / s_1².
     overlap = (maps * mean[:, None]).sum(2)
     a, b = maps - maps.mean(2, keepdim=True), (mean - mean.mean(1, keepdim=True))[:, None]
     lengths = (a.norm(dim=2) * b.norm(dim=2)).clamp_min(torch.finfo(maps.dtype).tiny)
     correlation = (a * b).sum(2) / lengths
+    # Layer norm makes the mean over channels 0 but for rounding: nothing to correlate with.
+    flat = b.norm(dim=2) < 1e-5 * size[:, None]
     peak = maps.amax(2) + maps.amin(2)
-    by_correlation = torch.where(correlation.abs() < 1e-6, peak, correlation)
+    by_correlation = torch.where(flat | (correlation.abs() < 1e-6), peak, correlation)
     first = torch.zeros_like(overlap, dtype=torch.bool)
     first[:, 0] = nonnegative
     sign = torch.where(torch.where(first, overlap, by_correlation) < 0, -1.0, 1.0)

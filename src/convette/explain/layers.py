@@ -16,11 +16,14 @@ _PASSIVE = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten)
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """A layer by name, why it was chosen, and the size (channels, rows, columns) of its map."""
+    """A layer by name, why it was chosen, and the size (channels, rows, columns) of its map (None: not looked at)."""
 
     name: str
     reason: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int] | None = None
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass
@@ -45,12 +48,7 @@ class _Map:
         return [name for name in self.names if name.count(".") == depth][-1]
 
 
-def target_layer(model: nn.Module, example: Images, *, min_side: int = 4) -> str:
-    """Return the name of the layer to explain; `choose_layer` also says why."""
-    return choose_layer(model, example, min_side=min_side).name
-
-
-def choose_layer(model: nn.Module, example: Images, *, min_side: int = 4) -> LayerChoice:
+def target_layer(model: nn.Module, example: Images, *, min_side: int = 4) -> LayerChoice:
     """Choose the last spatial stage of `model`, from one run on the first image of `example`.
 
     That is the last map of the lowest resolution that still has `min_side` rows and columns (or, where there is none,
@@ -118,11 +116,11 @@ def _observe(model: nn.Module, image: Tensor) -> tuple[list[_Map], Any]:
 
 
 def resolve_layer(model: nn.Module, layer: str | nn.Module | None, images: Tensor) -> LayerChoice:
-    """Return the layer the user named, or the one `choose_layer` finds."""
+    """Return the layer the user named, or the one `target_layer` finds."""
     from convette.explain._run import name_of
 
     if layer is None:
-        return choose_layer(model, images)
+        return target_layer(model, images)
     name = name_of(model, layer)
     find_module(model, name)
-    return LayerChoice(name, f"{name}: named by the user.", (0, 0, 0))
+    return LayerChoice(name, f"{name}: named by the user.")

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from convette.surgery import card_of
+
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 _ATTRIBUTE = "_convette_normalisation"
 
@@ -15,10 +17,6 @@ def known_preprocessing(model: nn.Module) -> Normalisation | None:
     Known for models loaded from convette files, for pretrained timm and torchvision weights, and for the published
     CIFAR ResNet weights. An untrained network expects nothing: None.
     """
-    try:
-        from convette.surgery import card_of
-    except ImportError:  # TODO remove once surgery is there
-        return getattr(model, _ATTRIBUTE, None)
     saved = card_of(model).preprocessing
     mean, std = saved.get("mean"), saved.get("std")
     if isinstance(mean, list | tuple) and isinstance(std, list | tuple) and mean and len(mean) == len(std):

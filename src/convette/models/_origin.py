@@ -9,6 +9,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 from torch import nn
 
 from convette.errors import FileFormatError, did_you_mean
+from convette.surgery import Origin, set_origin
 
 P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
@@ -19,12 +20,7 @@ _LARGEST_COUNT, _LARGEST_FACTOR = 1_000_000, 8.0
 
 def attach_origin(model: M, constructor: str, arguments: dict[str, Any]) -> M:
     """Attach ``Origin(constructor, arguments)`` to `model`, so that it can be saved and rebuilt; return `model`."""
-    try:
-        from convette.surgery import Origin, set_origin
-    except ImportError:  # TODO remove once surgery is there
-        return model
-    set_origin(model, Origin(constructor, arguments))
-    return model
+    return set_origin(model, Origin(constructor, arguments))
 
 
 def with_origin(constructor: Callable[P, M]) -> Callable[P, M]:

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,9 +13,7 @@ from convette.errors import FileFormatError, UsageError, did_you_mean
 from convette.models import _weights
 from convette.models._libraries import from_callable, from_timm, from_torchvision
 from convette.models._origin import check_arguments
-
-if TYPE_CHECKING:
-    from convette.surgery import Origin
+from convette.surgery import Origin, structure_log
 
 Stem = Literal["default", "small"]
 
@@ -98,7 +96,7 @@ def create_model(
     return model
 
 
-def build_from_origin(origin: "Origin") -> nn.Module:
+def build_from_origin(origin: Origin) -> nn.Module:
     """Return a fresh network from an origin read from a file; the global random state is left alone.
 
     Only constructors of convette, timm and torchvision are called, with arguments of the types they take.
@@ -152,14 +150,15 @@ def load(path: Path | str, *, constructor: str | None = None) -> nn.Module:
     """
     path = Path(path)
     _refuse_other_files(path)
-    from convette.surgery import load_model
 
-    def build(origin: "Origin") -> nn.Module:
+    def build(origin: Origin) -> nn.Module:
         if constructor is None or origin.constructor != constructor:
             return build_from_origin(origin)
         check_arguments(constructor, _library_arguments, origin.arguments)
         with _seeded(0):
             return from_callable(constructor, *_library_arguments(**dict(origin.arguments)))
+
+    from convette.surgery import load_model
 
     return load_model(path, build)
 
@@ -238,8 +237,6 @@ def _is_path(name: str) -> bool:
 
 def _from_file(path: Path, num_classes: int | None, in_channels: int | None) -> nn.Module:
     model = load(path)
-    from convette.surgery import structure_log
-
     origin = structure_log(model).origin
     arguments = origin.arguments if origin else {}
     for what, wanted in (("num_classes", num_classes), ("in_channels", in_channels)):
