@@ -47,5 +47,5 @@ def test_a_misspelt_key_is_refused_by_pydantic():
 def test_learning_rate_follows_the_images_of_a_step_unless_given():
     assert TrainSettings().peak_learning_rate(128) == pytest.approx(0.1)
     assert TrainSettings().peak_learning_rate(256) == pytest.approx(0.2)
-    assert TrainSettings(optimizer="adamw").peak_learning_rate(512) == pytest.approx(2e-3)
+    assert TrainSettings(optimizer="adamw").peak_learning_rate(512) == pytest.approx(4e-3)
     assert TrainSettings(learning_rate=0.3).peak_learning_rate(512) == 0.3

@@ -114,7 +114,9 @@ def test_events_come_in_their_order(data, make_network):
     train(make_network(), data, TrainSettings(epochs=1, batch_size=96, augmentation=()), methods=[watcher])
     order = list(Event)
     once = [event for event in order if event in seen]
-    assert seen == once and not {Event.STRUCTURE_CHANGED, Event.CHECKPOINT, Event.BEFORE_LOAD, Event.AFTER_LOAD} & set(seen)
+    assert seen == once and not {Event.STRUCTURE_CHANGED, Event.CHECKPOINT, Event.BEFORE_LOAD, Event.AFTER_LOAD} & set(
+        seen
+    )
 
 
 def test_the_order_of_registration_changes_nothing(data, make_network, equal):

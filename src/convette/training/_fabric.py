@@ -54,10 +54,9 @@ class FabricAdapter:
     """
 
     def __init__(self, device: torch.device, precision: str = "fp32") -> None:
-        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         from lightning_fabric import Fabric
 
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # importing it sets INFO
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if several else 1
         devices: Any = local if several or device.index is None else [device.index]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class Event(enum.Enum):
     """A moment of training. In the order in which they come."""
 
+    __hash__ = object.__hash__  # members are single objects; looked up a dozen times a step
+
     SETUP = "setup"  # before the optimiser exists: taps, adapters and other networks are made here
     BEFORE_LOAD = "before_load"  # a checkpoint is about to be restored
     AFTER_LOAD = "after_load"

@@ -18,7 +18,7 @@ class TrainSettings:
     - `epochs`: passes over the training split. `batch_size`: images of one forward pass over ALL processes together
       (each of N ranks takes ``batch_size / N``), so the same settings train alike on any number of processes.
       `accumulate`: forward passes per optimiser step; a step sees ``batch_size * accumulate`` images.
-    - `learning_rate`: peak rate; None means ``0.1 B/128`` for SGD and ``0.001 sqrt(B/128)`` for AdamW with B images a
+    - `learning_rate`: peak rate; None means ``0.1 B/128`` for SGD and ``0.002 sqrt(B/128)`` for AdamW with B images a
       step. It rises linearly over `warmup_epochs` (None: a tenth of the epochs, at most 5), then falls to
       ``final_fraction`` of it along a cosine, changed every step.
     - `momentum` (Nesterov; beta1 for AdamW), `weight_decay` (never on norms and biases), `gradient_clip` (total 2-norm,
@@ -92,4 +92,4 @@ class TrainSettings:
             return float(self.learning_rate)
         if self.optimizer == "sgd":
             return 0.1 * images_per_step / 128
-        return 1e-3 * math.sqrt(images_per_step / 128)
+        return 2e-3 * math.sqrt(images_per_step / 128)

@@ -1,5 +1,6 @@
 """Everything a run is, as one tree of tensors and plain values, and back."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ def restore_network(trainer: "Trainer", tree: Mapping[str, Any]) -> None:
     from convette import surgery
 
     model = trainer.state.model
-    ours = [edit.to_json() for edit in surgery.structure_log(model).edits]
+    ours = json.loads(json.dumps([edit.to_json() for edit in surgery.structure_log(model).edits]))
     theirs = list(tree["structure"])
     if theirs[: len(ours)] != ours:
         raise FileFormatError(
