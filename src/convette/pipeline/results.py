@@ -161,6 +161,7 @@ class Candidate(Part):
     latency: float
     size: int
     file: str
+    note: str = ""
 
 
 class QuantizationResult(StageResult):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from convette._files import replacing
 from convette._progress import note
-from convette.explain import EigenCAM, Explanation, GradCAM, choose_layer, explanation_drift, rank_correlation
+from convette.explain import EigenCAM, Explanation, GradCAM, explanation_drift, rank_correlation, target_layer
 from convette.pipeline._run import Run, Stage
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import ExplainedImage, ExplainResult
@@ -43,7 +43,7 @@ def explain(run: Run, folder: Path) -> ExplainResult:
         method=method,
         layer_before=drift.layer_before,
         layer_after=drift.layer_after,
-        reason=choose_layer(before, inputs).reason,
+        reason=target_layer(before, inputs).reason,
         images=[
             ExplainedImage(
                 index=int(index),

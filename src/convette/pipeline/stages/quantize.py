@@ -23,6 +23,7 @@ def quantize_network(run: Run, folder: Path) -> QuantizationResult:
                 latency=one.latency.p50,
                 size=one.size,
                 file=one.path.name,
+                note=f"computed in {one.precision}",
             )
             for one in result.candidates
         ],
