@@ -21,6 +21,8 @@ from convette.data.sources import read_source
 from convette.errors import DataError, UsageError
 
 MEMORY_LIMIT = 4 * 1024**3
+# Of a streamed set so many images (evenly spaced) give mean and std; a pass over all could take hours.
+STATISTICS_LIMIT = 4096
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,7 @@ def load_data(
 
     pixels: dict[str, torch.Tensor] | None = None
     if frame.channels * frame.height * frame.width * total <= memory_limit:
-        pixels = {}
-        for name, examples in raw.splits.items():
-            pixels[name], failures = decode_all(examples, name, frame, set(bad[name]))
-            bad[name] |= failures
+        pixels = _decoded(raw, bad, frame)
         too_many_bad(_listed(bad), total, max_bad)
     rows = _divide(raw, bad, validation_fraction, test_fraction, seed, source)
     if pixels is None:
@@ -116,15 +115,6 @@ def load_data(
     else:
         splits = _in_memory(raw, rows, pixels)
     notes += _missing(splits, raw.class_names)
-    found_mean, found_std = channel_statistics(splits["train"], limit=4096 if pixels is None else None)
-    preprocessing = Preprocessing(
-        frame.channels,
-        frame.height,
-        frame.width,
-        found_mean if mean is None else _per_channel(mean, frame.channels),
-        found_std if std is None else _per_channel(std, frame.channels),
-        frame.interpolation,
-    )
     left_out = _listed(bad)
     if left_out:
         notes.append(f"{len(left_out)} of {total} images left out, the first: {left_out[0].name}: {left_out[0].reason}")
@@ -134,7 +124,7 @@ def load_data(
         train=splits["train"],
         validation=splits["validation"],
         test=splits["test"],
-        preprocessing=preprocessing,
+        preprocessing=_preprocessing(splits["train"], frame, mean, std),
         bad=tuple(left_out),
         notes=(*raw.notes, *notes),
         fingerprint=_fingerprint(raw, rows, frame, pixels),
@@ -188,6 +178,30 @@ def _cores() -> int:
 
 def _listed(bad: dict[str, dict[int, BadImage]]) -> list[BadImage]:
     return [item for found in bad.values() for item in found.values()]
+
+
+def _decoded(raw: RawData, bad: dict[str, dict[int, BadImage]], frame: Frame) -> dict[str, torch.Tensor]:
+    """Return all images of each split; those that fail are added to `bad` and left black."""
+    pixels = {}
+    for name, examples in raw.splits.items():
+        pixels[name], failures = decode_all(examples, name, frame, set(bad[name]))
+        bad[name] |= failures
+    return pixels
+
+
+def _preprocessing(
+    split: ImageSplit, frame: Frame, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Preprocessing:
+    limit = STATISTICS_LIMIT if isinstance(split, StreamedSplit) else None
+    found_mean, found_std = channel_statistics(split, limit=limit)
+    return Preprocessing(
+        frame.channels,
+        frame.height,
+        frame.width,
+        found_mean if mean is None else _per_channel(mean, frame.channels),
+        found_std if std is None else _per_channel(std, frame.channels),
+        frame.interpolation,
+    )
 
 
 def _divide(
