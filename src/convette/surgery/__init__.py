@@ -1,0 +1,50 @@
+"""Surgery: which channels of a network go together, and edits of its structure that are data.
+
+`trace` labels every channel of any PyTorch model by running it once; `ChannelGraph.shrink` turns a choice of units
+into a `Shrink` edit; `apply` carries edits out on a live model; `save_model` and `load_model` write and read a model as
+where it came from, what was done to it, and its tensors: one ``.safetensors`` file without code.
+"""
+
+from convette.surgery._apply import StructureChange, apply, replay
+from convette.surgery._edits import Edit, ParameterChange, Rewrite, Shrink
+from convette.surgery._edits_json import edit_from_json
+from convette.surgery._file import Header, load_model, read_header, save_model
+from convette.surgery._fold import Fold, fold, fold_edits
+from convette.surgery._graph import ChannelGraph, Constraints, Group, Member, Selection
+from convette.surgery._log import ModelCard, Origin, StructureLog, card_of, set_card, set_origin, structure_log
+from convette.surgery._masked import masked
+from convette.surgery._trace import trace
+from convette.surgery._tracer import FrozenOperator
+
+__all__ = [
+    "ChannelGraph",
+    "Constraints",
+    "Edit",
+    "Fold",
+    "FrozenOperator",
+    "Group",
+    "Header",
+    "Member",
+    "ModelCard",
+    "Origin",
+    "ParameterChange",
+    "Rewrite",
+    "Selection",
+    "Shrink",
+    "StructureChange",
+    "StructureLog",
+    "apply",
+    "card_of",
+    "edit_from_json",
+    "fold",
+    "fold_edits",
+    "load_model",
+    "masked",
+    "read_header",
+    "replay",
+    "save_model",
+    "set_card",
+    "set_origin",
+    "structure_log",
+    "trace",
+]

@@ -1,0 +1,145 @@
+"""Applying edits to a live network: all or nothing, logged, with optimiser state and averaged copies carried along."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from convette.errors import StructureError
+from convette.surgery._edits import Change, Edit, ParameterChange, Shrink, sliced
+from convette.surgery._log import structure_log
+from convette.surgery._trace import call, evaluating, outputs_of
+
+
+@dataclass
+class StructureChange:
+    """What `apply` did: each changed parameter or buffer by name, and the edits themselves."""
+
+    parameters: dict[str, ParameterChange] = field(default_factory=dict)
+    edits: tuple[Edit, ...] = ()
+
+    def migrate_optimizer(self, optimizer: Optimizer) -> None:
+        """Point `optimizer` at the new parameters and slice its state (momenta, averages) as they were sliced.
+
+        State tensors of the old parameter's shape are sliced, others (step counts) kept. Parameters that are gone
+        leave the optimiser; ones that are new must be added with ``optimizer.add_param_group``.
+        """
+        by_old = {id(change.old): change for change in self.parameters.values()}
+        for group in optimizer.param_groups:
+            moved = [by_old[id(item)].new if id(item) in by_old else item for item in group["params"]]
+            group["params"] = [item for item in moved if item is not None]
+        for change in self.parameters.values():
+            state = optimizer.state.pop(change.old, None)
+            if state is not None and change.new is not None:
+                optimizer.state[change.new] = _sliced_state(state, change)
+
+    def migrate(self, module_copy: nn.Module) -> "StructureChange":
+        """Do the same edits to a copy of the model (an averaged one, a teacher); returns what changed there."""
+        return apply(module_copy, *self.edits)
+
+
+def _sliced_state(state: dict[str, Any], change: ParameterChange) -> dict[str, Any]:
+    result = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == change.old.shape and value.ndim:
+            result[key] = sliced(value, change.kept)
+        else:
+            result[key] = value
+    return result
+
+
+def apply(
+    model: nn.Module, *edits: Edit, example: Any = None, prove: bool = False, tolerance: float = 1e-5
+) -> StructureChange:
+    """Carry out `edits` on `model` in place, in order, and append them to its structure log; all or nothing.
+
+    With `prove` and an `example` the outcome is compared with what it must equal (for `Shrink`: the same network with
+    the removed channels zeroed wherever they are read; for edits that preserve the function: the network as it was)
+    within the relative `tolerance`. Raises `StructureError`, with the model unchanged, where an edit does not fit or
+    a proof fails. Cost: copying the parameters that change; with `prove` also two forward passes.
+    """
+    done: list[Change] = []
+    result = StructureChange(edits=edits)
+    try:
+        for edit in edits:
+            before = _expected(model, edit, example) if prove else None
+            change = edit.apply(model)
+            done.append(change)
+            if before is not None:
+                _compare(before, _outputs(model, example), edit, tolerance)
+            for name, part in change.parameters.items():
+                _merge(result.parameters, name, part)
+    except BaseException:
+        for change in reversed(done):
+            change.revert()
+        raise
+    structure_log(model).edits.extend(edits)
+    return result
+
+
+def _merge(parameters: dict[str, ParameterChange], name: str, part: ParameterChange) -> None:
+    earlier = parameters.get(name)
+    if earlier is None:
+        parameters[name] = part
+        return
+    kept = dict(earlier.kept)
+    for dim, index in part.kept.items():
+        kept[dim] = kept[dim][index] if dim in kept else index
+    parameters[name] = ParameterChange(earlier.old, part.new, kept)
+
+
+def replay(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
+    """Carry out `edits` on a freshly built `model`, as loading a file does; returns the model."""
+    apply(model, *edits)
+    return model
+
+
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    with evaluating(model):
+        return [tensor.clone() for tensor in outputs_of(call(model, example), []) if tensor.is_floating_point()]
+
+
+def _expected(model: nn.Module, edit: Edit, example: Any) -> list[Tensor]:
+    if example is None:
+        raise StructureError("a proof needs an example to run the network on.")
+    if isinstance(edit, Shrink):
+        masked_copy = copy.deepcopy(model)
+        zero_removed(masked_copy, edit)
+        return _outputs(masked_copy, example)
+    return _outputs(model, example)
+
+
+def zero_removed(model: nn.Module, edit: Shrink) -> None:
+    """Zero, in place, every entry of `model`'s floating-point parameters that `edit` would remove."""
+    from convette.surgery._edits import find_tensor
+
+    with torch.no_grad():
+        for (name, dim), indices in edit.kept.items():
+            tensor = find_tensor(model, name)
+            if not tensor.is_floating_point() or name.endswith("running_var"):
+                continue
+            gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+            gone[torch.tensor(indices, device=tensor.device)] = False
+            tensor.index_fill_(dim, gone.nonzero().view(-1), 0)
+
+
+def _compare(before: list[Tensor], after: list[Tensor], edit: Edit, tolerance: float) -> None:
+    if len(before) != len(after) or any(a.shape != b.shape for a, b in zip(before, after, strict=True)):
+        raise StructureError(f"the {edit.kind} edit changes the shape of the network's output.")
+    for a, b in zip(before, after, strict=True):
+        error = relative_error(a, b)
+        if not error <= tolerance:
+            raise StructureError(f"the {edit.kind} edit is not exact: relative error {error:.1e} over {tolerance:.0e}.")
+
+
+def relative_error(expected: Tensor, given: Tensor) -> float:
+    """Return max |expected - given| / max |expected| (0 for empty tensors)."""
+    if expected.numel() == 0:
+        return 0.0
+    scale = float(expected.abs().max())
+    error = float((expected - given).abs().max())
+    return error / scale if scale > 0 else error

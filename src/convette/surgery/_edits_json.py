@@ -1,0 +1,17 @@
+"""Reading edits back from JSON: which kind is which class."""
+
+from typing import Any
+
+from convette.errors import FileFormatError, did_you_mean
+from convette.surgery._edits import Edit, Shrink
+from convette.surgery._fold import Fold
+
+_KINDS = {Shrink.kind: Shrink.from_json, Fold.kind: Fold.from_json}
+
+
+def edit_from_json(value: Any) -> Edit:
+    """Return the edit a JSON object describes; raises `FileFormatError` where it is malformed or of unknown kind."""
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise FileFormatError(f"unknown kind of edit {kind!r}.{did_you_mean(str(kind), _KINDS)}")
+    return _KINDS[kind](value)

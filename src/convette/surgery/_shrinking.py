@@ -1,0 +1,255 @@
+"""From a set of kept labels to the `Shrink` edit: parameters, module attributes, sizes written in Python."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from convette.errors import StructureError
+from convette.surgery._attributes import attributes_of, is_size, like, plain
+from convette.surgery._edits import Rewrite, Shrink, find_module
+from convette.surgery._graph import ChannelGraph
+from convette.surgery._sizes import Expectation, Mismatch, Probe
+from convette.surgery._tracer import SizeCall, family
+
+Attributes = dict[str, dict[str, Any]]
+_ROUNDS = 6
+# Sizes of space and of layout, never of channels, however equal their value.
+_NOT_CHANNELS = ("stride", "kernel", "pad", "dilat", "window", "patch", "img", "grid", "shift", "depth", "input_size")
+
+
+def shrink_edit(graph: ChannelGraph, keep: Tensor) -> Shrink:
+    """Return the edit that leaves what `keep` (Bool, by root) says."""
+    model = graph.model
+    kept = _kept_indices(graph, keep)
+    expectation = Expectation(graph.roots, keep)
+    groups = _new_groups(graph, expectation)
+    attributes, free = _static_attributes(model, kept, groups)
+    edit = Shrink(kept, attributes, free)
+    items = {}
+    for item in graph.records.sizes:
+        if _follows_from_class(model, item):
+            continue
+        sizes = expectation.sizes(item)
+        if sizes is not None:
+            items[item.call] = (item, sizes)
+    return _probed(graph, edit, items) if items else edit
+
+
+def _kept_indices(graph: ChannelGraph, keep: Tensor) -> dict[tuple[str, int], tuple[int, ...]]:
+    result: dict[tuple[str, int], tuple[int, ...]] = {}
+    slots = graph.slots()
+    if not slots:
+        return result
+    stays = keep[graph.roots[torch.cat([slot.labels for slot in slots])]]
+    # One tuple for equal lists: they are compared, written and turned into tensors once.
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for slot, stay in zip(slots, stays.split([len(slot.labels) for slot in slots]), strict=True):
+        if not bool(stay.all()):
+            indices = tuple(stay.nonzero().view(-1).tolist())
+            if not indices:
+                raise StructureError(f"nothing would be left of {slot.parameter!r}.")
+            result[slot.parameter, slot.dim] = known.setdefault(indices, indices)
+    return result
+
+
+def _new_groups(graph: ChannelGraph, expectation: Expectation) -> dict[str, int]:
+    """Return how many groups each grouped convolution or normalisation has left, by module."""
+    result = {}
+    for item in graph.records.sizes:
+        if item.kind == "groups":
+            sizes = expectation.sizes(item)
+            if sizes is not None:
+                result[item.module] = sizes[0][0]
+    return result
+
+
+def _follows_from_class(model: nn.Module, item: SizeCall) -> bool:
+    """Tell whether the size in a call comes from an attribute that `attributes_of` sets."""
+    if item.kind not in ("groups", "normalized_shape"):
+        return False
+    module = find_module(model, item.module)
+    if item.kind == "groups":
+        return isinstance(module, _ConvNd | nn.GroupNorm)
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None
+
+
+def _static_attributes(
+    model: nn.Module, kept: Mapping[tuple[str, int], tuple[int, ...]], groups: Mapping[str, int]
+) -> tuple[Attributes, tuple[str, ...]]:
+    touched: dict[str, dict[str, dict[int, int]]] = {}
+    for (name, dim), indices in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        touched.setdefault(owner, {}).setdefault(leaf, {})[dim] = len(indices)
+    # A parameter shared by several modules is listed under one name; the others hold the same tensor.
+    attributes: Attributes = {}
+    free = []
+    shared = _shared_owners(model, touched)
+    for owner, leaves in shared.items():
+        module = find_module(model, owner)
+        shapes = {}
+        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                new = leaves.get(leaf, {})
+                shapes[leaf] = tuple(new.get(dim, size) for dim, size in enumerate(tensor.shape))
+        values = attributes_of(module, shapes, groups.get(owner))
+        if isinstance(module, nn.MultiheadAttention):
+            free.append(owner)
+            packed = "in_proj_weight" if module.in_proj_weight is not None else "q_proj_weight"
+            if packed in leaves and 0 in leaves[packed]:
+                rows = leaves[packed][0] // (3 if packed == "in_proj_weight" else 1)
+                values["num_heads"] = rows // module.head_dim
+        if values:
+            attributes[owner] = values
+    return attributes, tuple(free)
+
+
+def _shared_owners(
+    model: nn.Module, touched: dict[str, dict[str, dict[int, int]]]
+) -> dict[str, dict[str, dict[int, int]]]:
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name)
+    result: dict[str, dict[str, dict[int, int]]] = {}
+    for owner, leaves in touched.items():
+        module = find_module(model, owner)
+        for leaf, dims in leaves.items():
+            tensor = getattr(module, leaf)
+            full = f"{owner}.{leaf}" if owner else leaf
+            for name in names.get(id(tensor), [full]):
+                other, _, other_leaf = name.rpartition(".")
+                result.setdefault(other, {})[other_leaf] = dims
+    return result
+
+
+# Sizes in Python ------------------------------------------------------------------------------------------------------
+
+
+def _probed(graph: ChannelGraph, edit: Shrink, items: Mapping[int, tuple[SizeCall, Any]]) -> Shrink:
+    """Run the shrunk network beside the trace; set the attributes that hold wrong sizes, rewrite what no attribute
+    holds."""
+    model = graph.model
+    attributes: Attributes = {module: dict(values) for module, values in edit.attributes.items()}
+    refused: set[tuple[str, str]] = set()
+    rewrites: dict[tuple[str, str, int], Rewrite] = {}
+    for attempt in range(_ROUNDS):
+        trial = Shrink(edit.kept, attributes, edit.free_heads, tuple(rewrites.values()))
+        mismatches = _run(graph, trial, items)
+        if not mismatches:
+            return trial
+        if attempt:
+            # An attribute that did not put all of its module's calls right is left alone.
+            _withdraw(mismatches, attributes, edit.attributes, refused, rewrites)
+        by_module: dict[str, list[Mismatch]] = {}
+        for mismatch in mismatches:
+            by_module.setdefault(mismatch.item.module, []).append(mismatch)
+        for name, wrong in by_module.items():
+            held = {} if attempt else _held_sizes(model, name, wrong, refused)
+            for owner, key, value in held.values():
+                attributes.setdefault(owner, {})[key] = value
+            for mismatch in wrong:
+                if attempt or not all(_literal_key(pair) in held for pair in mismatch.literals):
+                    item = mismatch.item
+                    place = (item.module, family(item.name), item.occurrence)
+                    sizes = mismatch.expected
+                    if place in rewrites and rewrites[place].sizes != sizes:
+                        raise StructureError(
+                            f"{item.name} in {item.module or 'the model'} ({item.where}) would need other sizes each "
+                            "time the module runs; keep those channels."
+                        )
+                    rewrites[place] = Rewrite(*place, item.kind, sizes)
+    item = mismatches[0].item
+    raise StructureError(
+        f"{item.name} in {item.module or 'the model'} ({item.where}) holds a size that could not be changed."
+    )
+
+
+def _run(graph: ChannelGraph, trial: Shrink, items: Mapping[int, tuple[SizeCall, Any]]) -> list[Mismatch]:
+    from convette.surgery import _rules
+    from convette.surgery._trace import call, evaluating, running_modules
+
+    model = graph.model
+    names = {id(module): name for name, module in model.named_modules()}
+    probe = Probe(names, graph.records.calls, items, _rules.READS)
+    change = trial.apply(model)
+    try:
+        with evaluating(model), running_modules(probe), probe:
+            call(model, graph.example)
+    except StructureError:
+        raise
+    except Exception as error:
+        where = probe.calls[probe.index] if probe.index < len(probe.calls) else ("?", "?")
+        raise StructureError(
+            f"the network does not run once it is narrower: {where[0]} in {probe.stack[-1] or 'the model'}: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    finally:
+        change.revert()
+    return probe.mismatches
+
+
+def _literal_key(pair: tuple[Any, Any]) -> str:
+    return repr(plain(pair[0]))
+
+
+def _held_sizes(
+    model: nn.Module, name: str, wrong: list[Mismatch], refused: set[tuple[str, str]]
+) -> dict[str, tuple[str, str, Any]]:
+    """Return, for each wrong literal, the attribute of the running module (or of one around it) that holds it."""
+    wanted: dict[str, set[str]] = {}
+    values: dict[str, tuple[Any, Any]] = {}
+    for mismatch in wrong:
+        for pair in mismatch.literals:
+            wanted.setdefault(_literal_key(pair), set()).add(repr(plain(pair[1])))
+            values[_literal_key(pair)] = pair
+    result = {}
+    for key, targets in wanted.items():
+        if len(targets) > 1:
+            continue
+        given, new = values[key]
+        found = _attribute_holding(model, name, plain(given), plain(new), refused)
+        if found is not None:
+            result[key] = found
+    return result
+
+
+def _attribute_holding(
+    model: nn.Module, name: str, given: Any, new: Any, refused: set[tuple[str, str]]
+) -> tuple[str, str, Any] | None:
+    owner = name
+    module = find_module(model, owner)
+    for key, value in vars(module).items():
+        if not is_size(value) or not _may_hold_channels(key) or (owner, key) in refused:
+            continue
+        if plain(value) == given and isinstance(given, int) == isinstance(value, int):
+            return owner, key, like(new, value) if isinstance(value, int) else plain(new)
+    # A product of an attribute with something that stays, such as batch times heads.
+    if isinstance(given, int) and isinstance(new, int):
+        for key, value in vars(module).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 2 or not _may_hold_channels(key):
+                continue
+            if (owner, key) not in refused and given % value == 0 and new % (given // value) == 0:
+                return owner, key, new // (given // value)
+    return None
+
+
+def _may_hold_channels(key: str) -> bool:
+    return not key.startswith("_") and not any(word in key for word in _NOT_CHANNELS)
+
+
+def _withdraw(
+    mismatches: list[Mismatch],
+    attributes: Attributes,
+    fixed: Mapping[str, Mapping[str, Any]],
+    refused: set[tuple[str, str]],
+    rewrites: dict[tuple[str, str, int], Rewrite],
+) -> None:
+    for name in {mismatch.item.module for mismatch in mismatches}:
+        for key in list(attributes.get(name, {})):
+            if key not in fixed.get(name, {}):
+                refused.add((name, key))
+                del attributes[name][key]
+        if not attributes.get(name):
+            attributes.pop(name, None)

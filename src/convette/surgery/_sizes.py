@@ -1,0 +1,161 @@
+"""Sizes written in Python: what each noted call must be given after an edit, and which attribute holds it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from convette.errors import StructureError
+from convette.surgery._labels import narrowed, normalised, varying
+from convette.surgery._rewrites import given_sizes, rewritten
+from convette.surgery._tracer import Layers, SizeCall, family, function_name, source_line, tensors_in
+
+Sizes = tuple[tuple[int, ...], ...]
+
+
+class Expectation:
+    """What the noted calls must be given when only the labels in `keep` remain."""
+
+    def __init__(self, roots: Tensor, keep: Tensor) -> None:
+        """`roots`: root of each label; `keep`: whether each root stays."""
+        self.roots = roots
+        self.keep = keep
+        self.dropped = ~keep
+
+    def along(self, layers: Layers, axis: int) -> Tensor | None:
+        """Return which indices of `axis` stay, None if all do."""
+        result: Tensor | None = None
+        for layer in layers:
+            if axis not in varying(layer):
+                continue
+            roots = normalised(self.roots[narrowed(layer)])
+            if varying(roots) != (axis,):
+                continue
+            stay = self.keep[roots[tuple(slice(None) if a == axis else 0 for a in range(roots.ndim))]]
+            result = stay if result is None else result & stay
+        return None if result is None or bool(result.all()) else result
+
+    def sizes(self, item: SizeCall) -> Sizes | None:
+        """Return the sizes `item` must be given, in the form of `given_sizes`; None where nothing changes."""
+        return getattr(self, f"_{item.kind}")(item)
+
+    def _shape(self, item: SizeCall) -> Sizes | None:
+        result = []
+        layers = item.outputs[0]
+        for axis in sorted({axis for layer in layers for axis in varying(layer)}):
+            stay = self.along(layers, axis)
+            if stay is not None:
+                result.append((axis, int(stay.sum())))
+        return tuple(result) or None
+
+    _normalized_shape = _shape
+
+    def _slice(self, item: SizeCall) -> Sizes | None:
+        result, changed = [], False
+        for axis, start, stop in item.given:
+            stay = self.along(item.inputs, axis)
+            if stay is None:
+                result.append((axis, start, stop))
+                continue
+            changed = True
+            result.append((axis, int(stay[:start].sum()), int(stay[:stop].sum())))
+        return tuple(result) if changed else None
+
+    def _split(self, item: SizeCall) -> Sizes | None:
+        stay = self.along(item.inputs, item.axis)
+        if stay is None:
+            return None
+        return (tuple(int(part.sum()) for part in stay.split(list(item.given))), (item.axis,))
+
+    def _pad(self, item: SizeCall) -> Sizes | None:
+        result, changed = [], False
+        for axis, before, after in item.given:
+            wide, narrow = self.along(item.outputs[0], axis), self.along(item.inputs, axis)
+            changed = changed or wide is not None or narrow is not None
+            sides = []
+            for amount, end in ((before, False), (after, True)):
+                source = wide if amount > 0 else narrow
+                if source is None:
+                    sides.append(amount)
+                    continue
+                part = source[len(source) - abs(amount) :] if end else source[: abs(amount)]
+                sides.append(int(part.sum()) * (1 if amount > 0 else -1))
+            result.append((axis, *sides))
+        return tuple(result) if changed else None
+
+    def _roll(self, item: SizeCall) -> Sizes | None:
+        result, changed = [], False
+        for axis, shift in item.given:
+            stay = self.along(item.inputs, axis)
+            if stay is None:
+                result.append((axis, shift))
+                continue
+            changed = True
+            shift %= len(stay)
+            result.append((axis, int(stay[len(stay) - shift :].sum()) if shift else 0))
+        return tuple(result) if changed else None
+
+    def _groups(self, item: SizeCall) -> Sizes | None:
+        _, heads = item.given
+        stay = self.keep[self.roots[heads]]
+        return None if bool(stay.all()) else ((int(stay.sum()),),)
+
+
+class Mismatch:
+    """A call that was given other sizes than it must be."""
+
+    def __init__(self, item: SizeCall, expected: Sizes, literals: list[tuple[Any, Any]], error: str = "") -> None:
+        """`literals`: pairs of what stood in the call and what must stand there."""
+        self.item, self.expected, self.literals, self.error = item, expected, literals, error
+
+
+class Probe(TorchFunctionMode):
+    """Runs a shrunk network beside the record of the whole one and puts right, and notes, every wrong size."""
+
+    def __init__(
+        self,
+        module_names: dict[int, str],
+        calls: Sequence[tuple[str, str]],
+        items: Mapping[int, tuple[SizeCall, Sizes]],
+        reads: frozenset[str],
+    ) -> None:
+        """`items`: the noted calls that change, by index, with the sizes they must be given."""
+        super().__init__()
+        self.module_names = module_names
+        self.stack: list[str] = [""]
+        self.counts: list[dict[str, int]] = [{}]
+        self.calls, self.items, self.reads = calls, items, reads
+        self.mismatches: list[Mismatch] = []
+        self.index = 0
+        self._names: dict[Any, str] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Carry out `func`, with its sizes put right where the record asks for it."""
+        kwargs = kwargs or {}
+        name = self._names.get(func)
+        if name is None:
+            name = self._names[func] = function_name(func)
+        if name in self.reads:
+            return func(*args, **kwargs)
+        pair = self.items.get(self.index)
+        out = func(*args, **kwargs) if pair is None else self._checked(pair, name, func, args, kwargs)
+        if isinstance(out, Tensor) or name == "__setitem__" or tensors_in(out, []):
+            if self.index >= len(self.calls) or family(self.calls[self.index][0]) != family(name):
+                raise StructureError(
+                    f"the network takes another path once it is narrower: {name} in "
+                    f"{self.stack[-1] or 'the model'} ({source_line()})."
+                )
+            self.index += 1
+        return out
+
+    def _checked(self, pair: tuple[SizeCall, Sizes], name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        item, expected = pair
+        if family(name) != family(item.name):
+            raise StructureError(f"the network takes another path once it is narrower: {name} at {source_line()}.")
+        literals = given_sizes(item.kind, func, name, args, kwargs, expected)
+        if not literals:
+            return func(*args, **kwargs)
+        out = rewritten(item.kind, func, name, args, kwargs, expected)
+        self.mismatches.append(Mismatch(item, expected, literals))
+        return out

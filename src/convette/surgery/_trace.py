@@ -1,0 +1,164 @@
+"""`trace`: run a network once on an example and work out which channels go together."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+from convette.errors import StructureError
+from convette.surgery import _rules
+from convette.surgery._graph import ChannelGraph
+from convette.surgery._labels import narrowed, normalised, varying
+from convette.surgery._sizes import Probe
+from convette.surgery._tracer import Records, Tracer
+
+_ROUNDS = 30
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` into eval mode without gradients for a while; every module's own mode comes back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module in training:
+            module.training = True
+
+
+def call(model: nn.Module, example: Any) -> Any:
+    """Call `model` on an example: a tensor, a tuple of arguments or a dict of named arguments."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    if isinstance(example, tuple):
+        return model(*example)
+    return model(example)
+
+
+@contextlib.contextmanager
+def running_modules(tracer: "Tracer | Probe") -> Iterator[None]:
+    """Keep on ``tracer.stack`` the module that is running, and in ``tracer.counts`` what it has called so far."""
+    names, stack, counts = tracer.module_names, tracer.stack, tracer.counts
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(names.get(id(module), stack[-1]))
+        counts.append({})
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        stack.pop()
+        counts.pop()
+
+    before = module_hooks.register_module_forward_pre_hook(enter)
+    after = module_hooks.register_module_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def outputs_of(value: Any, found: list[Tensor], depth: int = 0) -> list[Tensor]:
+    """Collect the tensors of any output: nested containers, dataclasses and plain objects."""
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            outputs_of(item, found, depth + 1)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            outputs_of(item, found, depth + 1)
+    elif dataclasses.is_dataclass(value):
+        for item in dataclasses.fields(value):
+            outputs_of(getattr(value, item.name), found, depth + 1)
+    elif hasattr(value, "__dict__") and depth < 3 and not isinstance(value, nn.Module | type):
+        for item in vars(value).values():
+            outputs_of(item, found, depth + 1)
+    return found
+
+
+def trace(model: nn.Module, example: Any) -> ChannelGraph:
+    """Label every channel of `model` and return the groups of those that can be removed.
+
+    The network runs once, in eval mode and without gradients, on `example`: a tensor, a tuple of arguments or a dict
+    of named arguments, on the model's device. A small input with distinct sizes is best. The model is left untouched.
+    What the outputs hold is fixed, and so is everything a function without a label rule touches; such functions are
+    listed in ``graph.frozen``.
+
+    Cost: about three forward passes. Raises `StructureError` where the network does not run on the example.
+    """
+    tracer = Tracer(model, _rules.table(), _rules.READS)
+    with evaluating(model), running_modules(tracer):
+        with tracer:
+            output = _run(model, example)
+        last = len(tracer.records.calls)
+        tracer.records.calls.append(("output", ""))
+        for tensor in outputs_of(output, []):
+            value = tracer.value(tensor)
+            tracer.records.uses[value.call] = tracer.records.uses.get(value.call, 0) + 1
+            for layer in value.layers:
+                tracer.store.freeze(layer, last)
+        roots = settle(tracer)
+    return ChannelGraph(model, example, tracer.store, tracer.records, roots)
+
+
+def _run(model: nn.Module, example: Any) -> Any:
+    try:
+        return call(model, example)
+    except StructureError:
+        raise
+    except Exception as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise StructureError(f"{type(model).__name__} does not run on the example: {first}") from error
+
+
+def settle(tracer: Tracer) -> np.ndarray:
+    """Solve the unions; tie and fix what its use demands until nothing changes; return each label's root."""
+    records = tracer.records
+    for _ in range(_ROUNDS):
+        roots = tracer.store.solve()
+        table = torch.from_numpy(roots)
+        if not (_tie_boxes(tracer, records, table) or _fix_chosen(tracer, records, table)):
+            return roots
+    raise StructureError("the labels of this network do not settle; please report the model.")
+
+
+def _tie_boxes(tracer: Tracer, records: Records, roots: Tensor) -> bool:
+    """Make each layer depend on one axis in the end, the one that leaves most choice; tell whether that tied any."""
+    tied = False
+    left = []
+    for layer, why in records.boxes:
+        now = normalised(roots[narrowed(layer)])
+        axes = varying(now)
+        if len(axes) > 1:
+            best = max(axes, key=lambda axis: now.shape[axis])
+            tracer.store.unite_along(now, [axis for axis in axes if axis != best], why)
+            tied = True
+            left.append((layer, why))
+        elif axes:
+            left.append((layer, why))
+    records.boxes = left
+    return tied
+
+
+def _fix_chosen(tracer: Tracer, records: Records, roots: Tensor) -> bool:
+    fixed = False
+    left = []
+    for item in records.fixed:
+        if item.axis in varying(normalised(roots[narrowed(item.layer)])):
+            chosen = roots[narrowed(item.chosen)]
+            if bool((chosen != 0).any()):
+                tracer.store.freeze(normalised(chosen), len(records.calls) - 1)
+                fixed = True
+        left.append(item)
+    records.fixed = left
+    return fixed
