@@ -3,7 +3,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional
 
 from convette.errors import UsageError
 from convette.training import Distillation, Event, TrainSettings, distillation_loss, evaluate, feature_loss, train
@@ -84,7 +83,17 @@ def test_what_does_not_fit_is_refused(data, make_network):
         )
 
 
+def test_a_run_goes_on_with_its_own_teacher_only(data, make_network, tmp_path):
+    settings = TrainSettings(epochs=1)
+    train(make_network(), data, settings, methods=[Distillation(make_network())], checkpoint_dir=tmp_path)
+    other = make_network()
+    with torch.no_grad():
+        other[0].weight[0, 0, 0, 0] += 1e-6
+    with pytest.raises(UsageError, match="another teacher"):
+        train(make_network(), data, settings, methods=[Distillation(other)], checkpoint_dir=tmp_path)
+
+
 def test_bf16_distils_features(data, make_network):
     method = Distillation(make_network(), features={"2": "2"})
     settings = TrainSettings(epochs=1, precision="bf16", memory_format="contiguous")
-    assert functional is not None and train(make_network(), data, settings, methods=[method]).steps == 1
+    assert train(make_network(), data, settings, methods=[method]).steps == 1

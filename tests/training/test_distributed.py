@@ -51,13 +51,14 @@ def close(one, other):
 
 def test_two_ranks_equal_one_process_also_after_an_edit(alone, tmp_path):
     out = tmp_path / "found.pt"
-    process = launch(["--standalone", "--nproc_per_node=2", str(SCRIPT), str(out), "plain", "shrink", "digits"])
+    process = launch(["--standalone", "--nproc_per_node=2", str(SCRIPT), str(out), "plain", "bf16", "shrink", "digits"])
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text
     assert text.count("only once") == 1
     found = torch.load(out, weights_only=True)
     assert found["world"] == 2
     close(found["plain"], alone["plain"])
+    assert all(torch.allclose(found["bf16"][name], tensor, atol=0.05) for name, tensor in alone["plain"].items())
     close(found["shrink"], alone["shrink"])
     assert alone["digits"] > 0.93 and abs(found["digits"] - alone["digits"]) < 0.03
 

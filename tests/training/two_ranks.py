@@ -35,8 +35,10 @@ class ShrinkAt(Method):
         trainer.edit_structure([graph.shrink({group.name: kept})])
 
 
-def equality(shrink: bool) -> nn.Module:
-    settings = TrainSettings(epochs=3, batch_size=32, label_smoothing=0.0, augmentation=(), learning_rate=0.05)
+def equality(shrink: bool, precision: str = "fp32") -> nn.Module:
+    settings = TrainSettings(
+        epochs=3, batch_size=32, label_smoothing=0.0, augmentation=(), learning_rate=0.05, precision=precision
+    )
     methods = [ShrinkAt(4)] if shrink else []
     return train(small_network(norm=False), small_data(), settings, methods=methods, device="cpu").model
 
@@ -60,7 +62,7 @@ def main(out: Path, parts: list[str]) -> None:
         if part == "digits":
             found[part] = digits()
         else:
-            network = equality(shrink=part == "shrink")
+            network = equality(shrink=part == "shrink", precision="bf16" if part == "bf16" else "fp32")
             found[part] = network.state_dict()
             for theirs in distributed.gather(found[part]):
                 assert all(torch.equal(theirs[name], tensor) for name, tensor in found[part].items()), "ranks differ"

@@ -186,6 +186,10 @@ def _classification(data: Any) -> Any:
     return Classification(data.class_names)
 
 
+# Settings that do not change what comes out, so a run may go on with others.
+_FREE = ("validate_every", "checkpoint_steps", "keep_checkpoints", "tensorboard")
+
+
 def _check_header(tree: Mapping[str, Any], header: Mapping[str, Any], path: Path) -> None:
     if tree.get("format") != FORMAT:
         raise UsageError(f"{path}: a checkpoint of another version of convette; use another checkpoint folder.")
@@ -193,7 +197,7 @@ def _check_header(tree: Mapping[str, Any], header: Mapping[str, Any], path: Path
     ours = {"data": header["data"], **{f"train.{key}": value for key, value in header["settings"].items()}}
     before = {"data": theirs["data"], **{f"train.{key}": value for key, value in theirs["settings"].items()}}
     for key, value in ours.items():
-        if before.get(key) != value:
+        if before.get(key) != value and key.removeprefix("train.") not in _FREE:
             raise UsageError(
                 f"{path.parent}: holds a run with {key} = {before.get(key)!r}, not {value!r}; "
                 "use another checkpoint folder, or delete it to start anew."

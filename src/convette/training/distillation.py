@@ -10,6 +10,7 @@ from torch.nn import functional
 from convette._typing import Logits
 from convette.errors import UsageError
 from convette.training.events import Event, Method
+from convette.training.guards import checksums
 from convette.training.taps import FeatureTaps
 
 if TYPE_CHECKING:
@@ -87,6 +88,15 @@ class Distillation(Method):
             self._add_losses(trainer)
         else:
             self._fit_adapters(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the checksum of the teacher; the teacher itself is given again on resuming."""
+        return {"teacher": sum(checksums(self.teacher))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise `UsageError` if the run was begun with another teacher."""
+        if state["teacher"] != sum(checksums(self.teacher)):
+            raise UsageError(f"{self.name}: the checkpoint was written with another teacher; use another folder.")
 
     def _set_up(self, trainer: "Trainer") -> None:
         self.teacher.to(trainer.state.device).eval()

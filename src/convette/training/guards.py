@@ -42,11 +42,16 @@ def check_ranks_agree(model: nn.Module, when: str) -> None:
     if world_size() == 1:
         return
     names = [name for name, _ in model.named_parameters()]
-    sums = torch.stack([_bit_sum(parameter) for parameter in model.parameters()]).tolist()
+    sums = checksums(model)
     for rank, (their_names, their_sums) in enumerate(gather((names, sums))):
         for name, ours, theirs in zip(names, sums, their_sums, strict=False):
             if ours != theirs or their_names != names:
                 raise TrainingError(f"{when}: parameter {name!r} differs between this rank and rank {rank}.")
+
+
+def checksums(model: nn.Module) -> list[int]:
+    """Return one number for each parameter of `model`, which changes when any bit of it does."""
+    return [int(total) for total in torch.stack([_bit_sum(parameter) for parameter in model.parameters()]).tolist()]
 
 
 def _bit_sum(parameter: Tensor) -> Tensor:

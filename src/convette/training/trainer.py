@@ -36,11 +36,10 @@ class Trainer:
     """Trains `model` through the stages of `plan`, telling `methods` about every event.
 
     - `loss(outputs, targets)` is the task's loss, the term named ``"task"``; `accuracy(outputs, targets)` a figure in
-      0..1 for the log. `transform(batch)` gives images and
-      targets on the device.
+      0..1 for the log. `transform(batch)` gives images and targets on the device.
     - `strategy` makes one optimiser step; methods may replace it (``trainer.strategy = ...``).
-    - `checkpoints`: where checkpoints go (rank 0 writes them); `resume`: a checkpoint's tree to go on from; `header`: facts kept in every
-      checkpoint.
+    - `checkpoints`: where checkpoints go (rank 0 writes them); `resume`: a checkpoint's tree to go on from; `header`:
+      facts kept in every checkpoint.
 
     ``trainer.state`` is everything that changes. The network's structure is edited by `edit_structure` only.
     """
