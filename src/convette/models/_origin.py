@@ -35,13 +35,16 @@ def with_origin(constructor: Callable[P, M]) -> Callable[P, M]:
     return build
 
 
-def check_arguments(constructor: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Check arguments read from a file against the names and types of `function`'s parameters.
+def check_arguments(constructor: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Check arguments read from a file against the names and types of `function`'s parameters; return them.
+
+    Whole numbers where fractions are expected become fractions.
 
     Raises:
         FileFormatError: an argument the constructor does not have, of another type, or out of range.
     """
     parameters = inspect.signature(function).parameters
+    checked: dict[str, Any] = {}
     for name, value in arguments.items():
         if name not in parameters:
             raise FileFormatError(f"origin {constructor!r}: no argument {name!r}.{did_you_mean(name, parameters)}")
@@ -50,6 +53,8 @@ def check_arguments(constructor: str, function: Callable[..., Any], arguments: M
             choices = get_args(expected) if get_origin(expected) is Literal else None
             wanted = f"one of {', '.join(choices)}" if choices else _WANTED.get(expected, "something else")
             raise FileFormatError(f"origin {constructor!r}: argument {name!r} is {value!r:.60}, expected {wanted}.")
+        checked[name] = float(value) if expected is float else value
+    return checked
 
 
 _WANTED = {

@@ -130,8 +130,7 @@ def _hint(path: Path) -> str:
 
 def is_convette_file(path: Path) -> bool:
     """Return whether `path` is a safetensors file with the origin of a convette model in its metadata."""
-    metadata = safetensors_metadata(path) or {}
-    return any("origin" in key or '"origin"' in value for key, value in metadata.items())
+    return "convette" in (safetensors_metadata(path) or {})
 
 
 def safetensors_metadata(path: Path) -> dict[str, str] | None:

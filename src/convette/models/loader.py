@@ -13,7 +13,7 @@ from convette.errors import FileFormatError, UsageError, did_you_mean
 from convette.models import _weights
 from convette.models._libraries import from_callable, from_timm, from_torchvision
 from convette.models._origin import check_arguments
-from convette.surgery import Origin, structure_log
+from convette.surgery import Origin, load_model, save_model, structure_log
 
 Stem = Literal["default", "small"]
 
@@ -119,11 +119,11 @@ def _rebuild(constructor: str, arguments: dict[str, Any]) -> nn.Module:
         if name not in CONSTRUCTORS:
             raise FileFormatError(f"origin {constructor!r:.80}: unknown.{did_you_mean(name, CONSTRUCTORS)}")
         function = _constructor(name)
-        check_arguments(constructor, function, arguments)
-        return function(**arguments)
+        return function(**check_arguments(constructor, function, arguments))
     if source in ("timm", "torchvision"):
-        check_arguments(constructor, _library_arguments, arguments)
-        num_classes, in_channels, stem = _library_arguments(**arguments)
+        num_classes, in_channels, stem = _library_arguments(
+            **check_arguments(constructor, _library_arguments, arguments)
+        )
         library = from_timm if source == "timm" else from_torchvision
         return library(name, num_classes, in_channels, False, stem)
     raise FileFormatError(
@@ -154,11 +154,9 @@ def load(path: Path | str, *, constructor: str | None = None) -> nn.Module:
     def build(origin: Origin) -> nn.Module:
         if constructor is None or origin.constructor != constructor:
             return build_from_origin(origin)
-        check_arguments(constructor, _library_arguments, origin.arguments)
+        arguments = check_arguments(constructor, _library_arguments, origin.arguments)
         with _seeded(0):
-            return from_callable(constructor, *_library_arguments(**dict(origin.arguments)))
-
-    from convette.surgery import load_model
+            return from_callable(constructor, *_library_arguments(**arguments))
 
     return load_model(path, build)
 
@@ -169,8 +167,6 @@ def save(model: nn.Module, path: Path | str) -> None:
     Raises:
         UsageError: the model has no known origin, so that nobody could rebuild it.
     """
-    from convette.surgery import save_model
-
     save_model(model, Path(path))
 
 
