@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convette.cost import Budget, Cost, Limit, status_rows, status_table, status_text, unreachable
@@ -139,6 +139,7 @@ LIMITS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(LIMITS, min_size=1, max_size=6, unique_by=lambda limit: limit.key))
 def test_what_is_written_is_read_back(limits):
     budget = Budget(tuple(limits))
@@ -146,6 +147,7 @@ def test_what_is_written_is_read_back(limits):
     assert str(Budget.parse(str(budget))) == str(budget)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_any_text_is_read_or_refused_in_one_line(text):
     try:

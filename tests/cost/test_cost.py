@@ -12,6 +12,7 @@ from torch import nn
 from convette.cost import (
     Cost,
     available_engines,
+    comparison_table,
     count,
     engine_table,
     format_bytes,
@@ -96,6 +97,19 @@ def test_table_states_rows_totals_and_convention(cost):
     assert cost.table(everything=True).row_count == 3 > cost.table().row_count - 1
     narrow = shown(cost.table(), 80)
     assert max(map(len, narrow.splitlines())) <= 80
+
+
+def test_comparison_table(cost):
+    small = dataclasses.replace(count(network(4), EXAMPLE), latency={"eager:cpu": latency(1.0, "eager:cpu")})
+    text = shown(comparison_table({"before": cost, "after": small}))
+    macs, p95 = (next(line for line in text.splitlines() if name in line) for name in ("macs", "latency.p95@eager"))
+    assert "42.37 K" in macs and "21.18 K (50.0 %)" in macs
+    assert "2 ms (25.0 %)" in p95
+    assert any(
+        "latency.p50@openvino:cpu" in line and "500 us" in line or "0.5 ms" in line for line in text.splitlines()
+    )
+    with pytest.raises(UsageError, match="no cost to compare"):
+        comparison_table({})
 
 
 def test_engine_table(cost):

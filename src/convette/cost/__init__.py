@@ -5,6 +5,7 @@ from convette.cost._cost import CONVENTION, DEFAULT_ENGINE, METRICS, PERCENTILES
 from convette.cost._count import Example, count, count_parameters
 from convette.cost._measure import available_engines, measure, measure_together
 from convette.cost._tables import (
+    comparison_table,
     cost_table,
     engine_table,
     format_bytes,
@@ -28,6 +29,7 @@ __all__ = [
     "LimitStatus",
     "WidthCost",
     "available_engines",
+    "comparison_table",
     "cost_table",
     "count",
     "count_parameters",

@@ -8,7 +8,7 @@ from convette.errors import UsageError, did_you_mean
 from convette.runtime import Latency
 
 CONVENTION = (
-    "MACs: multiply-accumulates of convolutions, linear maps, matrix products and attention (query x key and "
+    "MACs are multiply-accumulates of convolutions, linear maps, matrix products and attention (query x key and "
     "weights x value; masked and padded places count), for the whole example; softmax, activations, pooling and "
     "resizing are not counted. Norm: one for each element a normalisation returns. Bias: one addition for each "
     "element it is added to. Both apart."
@@ -132,7 +132,7 @@ class Cost:
     def table(self, everything: bool = False) -> Any:
         """The rows as a `rich` table with totals; its caption states the convention.
 
-        Layers without MACs share the last row, unless `everything` is asked for.
+        Layers without MACs share the last row, and norm and bias are in the caption, unless `everything` is asked for.
         """
         from convette.cost._tables import cost_table
 

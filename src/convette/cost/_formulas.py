@@ -122,8 +122,9 @@ def _bilinear(a: Arguments, out: Any) -> list[Term]:
 
 
 def _attention_products(query: int, key: int, heads: int, width: int, value_width: int) -> list[Term]:
+    # Sizes in the order of a batched matrix product, which attention is where no fused operator takes the widths.
     return [
-        Term(ATTENTION, (heads, query, key, width)),
+        Term(ATTENTION, (heads, query, width, key)),
         Term(ATTENTION, (heads, query, key, value_width)),
     ]
 

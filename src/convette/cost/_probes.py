@@ -1,6 +1,7 @@
-"""Running a network at other widths on the meta device, and fitting the sizes of what it then multiplies."""
+"""Running a network at other widths, and fitting the sizes of what it then multiplies."""
 
 import copy
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convette.cost._count import Example, record
+from convette.cost._count import Example, record, state_bytes
 from convette.cost._recorder import Operation
 from convette.errors import UsageError
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
+
+# Seconds of a run, or bytes of weights, above which the meta device is tried; below, its bookkeeping takes longer.
+_WORTH_A_BLANK = 0.3
+_TOO_MUCH_TO_COPY = 50e6
 
 
 class Affine:
@@ -48,30 +53,39 @@ class Products:
 
 
 class Blank:
-    """The network without values: shrinks it on the meta device and says what it then multiplies."""
+    """Shrinks copies of the network and says what they then multiply; without values where that is faster.
+
+    `base` is what the network multiplies as it is.
+    """
 
     def __init__(self, model: nn.Module, example: Example, graph: Any) -> None:
         self.groups = [group.name for group in graph.groups]
         self.widths = [int(group.size) for group in graph.groups]
         self._graph = graph
         self._example = example
-        self._model = copy.deepcopy(model).to("meta")
-        real = record(model, example).operations
+        self._model = model
+        start = time.perf_counter()
+        self.base = record(model, example).operations
+        if time.perf_counter() - start > _WORTH_A_BLANK or state_bytes(model)[0] > _TOO_MUCH_TO_COPY:
+            self._try_without_values()
+
+    def _try_without_values(self) -> None:
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        blank = copy.deepcopy(self._model, {id(x): _without_values(x) for x in tensors})
         try:
-            blank = record(self._model, example).operations
+            base = record(blank, self._example).operations
         except UsageError:
-            blank = []
-        if sum(op.macs for op in real) != sum(op.macs for op in blank):
-            # The run depends on values: then it has to be run with them.
-            self._model = model
+            return
+        # Where the run depends on values it has to be run with them.
+        if sum(op.macs for op in base) == sum(op.macs for op in self.base):
+            self._model, self.base = blank, base
 
     def selection(self, shares: Mapping[str, float]) -> dict[str, Tensor]:
-        """Keep about a share of the units of each group named, alike in all of its parts, at least one in each."""
+        """Keep about a share of the units of each group named, as its constraints allow; all of the others."""
         kept = {}
         for group in self._graph.groups:
-            parts = max(1, int(getattr(group.constraints, "parts", 1)))
-            each = group.size // parts
-            keep = min(each, max(1, round(each * shares.get(group.name, 1.0))))
+            parts, each = group.constraints.parts, group.size // group.constraints.parts
+            keep = _allowed(group, round(each * shares.get(group.name, 1.0)))
             starts = torch.arange(parts)[:, None] * each
             kept[group.name] = (starts + torch.arange(keep)).reshape(-1)
         return kept
@@ -87,14 +101,30 @@ class Blank:
         return np.array([size for number in numbers for size in operations[number].sizes], dtype=float)
 
     def operations(self, selection: Mapping[str, Tensor]) -> list[Operation]:
-        """What the network, shrunk to `selection`, multiplies; with an empty one: as it is."""
-        if not selection:
-            return record(self._model, self._example).operations
+        """What the network, shrunk to `selection`, multiplies."""
         from convette.surgery import apply
 
         model = copy.deepcopy(self._model)
         apply(model, self._graph.shrink(selection), example=self._example)
         return record(model, self._example).operations
+
+
+def _without_values(x: Tensor) -> Tensor:
+    blank = x.detach().to("meta")
+    return nn.Parameter(blank, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else blank
+
+
+def _allowed(group: Any, wanted: int) -> int:
+    """The number of units in each part nearest below `wanted` that the constraints of `group` allow, or above it."""
+    rules, each = group.constraints, group.size // group.constraints.parts
+    step = getattr(rules, "multiple_of", 1)
+    allowed = [
+        keep
+        for keep in range(1, each)
+        if keep * rules.parts >= getattr(rules, "minimum", 1) and keep * rules.parts % step == 0
+    ]
+    below = [keep for keep in allowed if keep <= wanted]
+    return each if wanted >= each or not allowed else max(below) if below else allowed[0]
 
 
 def fit(blank: Blank, sizes: Sequence[tuple[int, ...]], numbers: Sequence[int]) -> Products:

@@ -40,45 +40,55 @@ def format_figure(metric: str, value: int | float) -> str:
 
 
 def format_shape(shape: tuple[int, ...]) -> str:
+    """A shape as text: "1x64x56x56"."""
     return "x".join(map(str, shape))
 
 
 def cost_table(cost: Cost, everything: bool = False) -> Any:
     """One row a layer with totals below; the caption states the convention and what is not in the figures.
 
-    Layers without MACs (normalisations and the like) share the last row, unless `everything` is asked for.
+    Layers without MACs (normalisations and the like) share the last row and what norm and bias add is in the caption,
+    unless `everything` is asked for: then each has its row, and norm and bias their columns.
     """
     from rich.table import Table
 
-    caption = CONVENTION
-    if cost.uncounted:
-        caption = f"Without a formula, not counted: {', '.join(cost.uncounted)}. {caption}"
-    table = Table(title=f"Cost on {cost.inputs}" if cost.inputs else "Cost", caption=caption, show_footer=True)
-    totals = (format_count(cost.parameters), format_count(cost.macs), "100 %" if cost.macs else "")
+    rows = list(cost.layers)
+    others = [layer for layer in rows if not layer.macs]
+    if not everything and others:
+        rows = [*(layer for layer in rows if layer.macs), _together(others)]
+    table = Table(title=f"Cost on {cost.inputs}" if cost.inputs else "Cost", caption=_caption(cost), show_footer=True)
     table.add_column("layer", footer="total", overflow="fold", min_width=12)
     table.add_column("kind", overflow="fold")
     table.add_column("output", overflow="fold")
-    for title, footer in zip(("parameters", "MACs", "share"), totals, strict=True):
-        table.add_column(title, justify="right", footer=footer)
-    table.add_column("norm", justify="right", footer=format_count(cost.norm_macs))
-    table.add_column("bias", justify="right", footer=format_count(cost.bias_macs))
-    rows, others = list(cost.layers), [layer for layer in cost.layers if not layer.macs]
-    if not everything and others:
-        rows = [layer for layer in rows if layer.macs]
-        rows.append(_together(others))
+    figures = {"parameters": cost.parameters, "MACs": cost.macs}
+    for title, total in figures.items():
+        table.add_column(title, justify="right", footer=format_count(total), no_wrap=True)
+    table.add_column("share", justify="right", footer="100 %" if cost.macs else "", no_wrap=True)
+    for title, total in (("norm", cost.norm_macs), ("bias", cost.bias_macs)) if everything else ():
+        table.add_column(title, justify="right", footer=format_count(total), no_wrap=True)
     for layer in rows:
         share = f"{100 * layer.macs / cost.macs:.1f} %" if layer.macs and cost.macs else ""
-        values = (format_count(v) if v else "" for v in (layer.parameters, layer.macs))
-        norm, bias = (format_count(v) if v else "" for v in (layer.norm_macs, layer.bias_macs))
-        name = layer.name or "(network)"
-        table.add_row(name, layer.kind, format_shape(layer.output_shape), *values, share, norm, bias)
+        apart = (layer.norm_macs, layer.bias_macs) if everything else ()
+        values = [format_count(x) if x else "" for x in (layer.parameters, layer.macs, *apart)]
+        name, shape = layer.name or "(network)", format_shape(layer.output_shape)
+        table.add_row(name, layer.kind, shape, *values[:2], share, *values[2:])
     return table
+
+
+def _caption(cost: Cost) -> str:
+    uncounted = f"Without a formula, not counted: {', '.join(cost.uncounted)}. " if cost.uncounted else ""
+    families = ", ".join(f"{family} {format_count(macs)}" for family, macs in cost.families.items())
+    return (
+        f"{uncounted}Weights {format_bytes(cost.size)} ({format_bytes(cost.buffer_size)} of it buffers), "
+        f"peak activations {format_bytes(cost.memory)}. MACs: {families or 'none'}; apart from them norm "
+        f"{format_count(cost.norm_macs)}, bias {format_count(cost.bias_macs)}. {CONVENTION}"
+    )
 
 
 def _together(layers: Sequence[LayerCost]) -> LayerCost:
     kinds = sorted({layer.kind for layer in layers})
     return LayerCost(
-        name=f"{len(layers)} without MACs",
+        name=f"{len(layers)} others",
         kind=", ".join(kinds[:2]) + (" ..." if len(kinds) > 2 else ""),
         macs=0,
         parameters=sum(layer.parameters for layer in layers),
@@ -123,6 +133,32 @@ def engine_table(latencies: Mapping[str, Latency], reference: str | None = None)
         speedup = [f"{latencies[reference].p50 / x.p50:.2f}x"] if reference is not None else []
         rest = (format_milliseconds(value) for value in (x.p95, x.p99, x.cold_start))
         table.add_row(name, x.precision, f"{format_milliseconds(x.p50)} ({low} to {high})", *rest, *speedup)
+    return table
+
+
+def comparison_table(costs: Mapping[str, Cost]) -> Any:
+    """One column a network, one row a figure; behind each figure its share of that of the first network.
+
+    Raises:
+        UsageError: no cost was given.
+    """
+    from rich.table import Table
+
+    if not costs:
+        raise UsageError("There is no cost to compare.")
+    first = next(iter(costs.values()))
+    table = Table(title="Cost", caption=CONVENTION)
+    table.add_column("figure")
+    for name in costs:
+        table.add_column(name, justify="right")
+    names = dict.fromkeys(name for cost in costs.values() for name in cost.figures())
+    for figure in names:
+        cells = []
+        for cost in costs.values():
+            value, share = cost.figures().get(figure), cost.relative_to(first).get(figure)
+            text = "" if value is None else format_figure(figure, value)
+            cells.append(f"{text} ({100 * share:.1f} %)" if share is not None and cost is not first else text)
+        table.add_row(figure, *cells)
     return table
 
 
