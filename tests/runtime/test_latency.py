@@ -127,22 +127,34 @@ def test_nothing_to_measure_is_refused(images):
         run(Clock(), {"a": FakeRunner(Clock(), 1.0)}, time_limit=0.0)
 
 
-def latency_of(p50, width=0.01):
+def latency_of(p50, precision="fp32", width=0.01):
     return Latency(
-        "e", "cpu", "fp32", 1, 1, 1, p50, p50, p50, p50, (p50 * (1 - width), p50 * (1 + width)), 1.0, 0.0, (p50,)
+        "e", "cpu", precision, 1, 1, 1, p50, p50, p50, p50, (p50 * (1 - width), p50 * (1 + width)), 1.0, 0.0, (p50,)
     )
 
 
 def test_the_fastest_that_is_accurate_enough_is_named_with_the_reason():
-    latencies = {"int8": latency_of(1.0), "bf16": latency_of(2.0), "same": latency_of(2.01), "fp32": latency_of(4.0)}
-    accuracies = {"int8": 0.80, "bf16": 0.899, "same": 0.9, "fp32": 0.9}
+    latencies = {
+        "int8": latency_of(1.0, "int8"),
+        "bf16": latency_of(2.0, "bf16"),
+        "other": latency_of(2.01, "bf16"),
+        "fp32": latency_of(4.0),
+    }
+    accuracies = {"int8": 0.80, "bf16": 0.899, "other": 0.9, "fp32": 0.9}
     choice = fastest(latencies, accuracies, max_accuracy_drop=0.01, reference="fp32")
     assert choice.name == "bf16"
     assert "int8 is faster (1 ms) but loses 10.00 points" in choice.reason
-    assert "same cannot be told apart" in choice.reason
+    assert "other cannot be told apart" in choice.reason
     assert fastest(latencies).name == "int8"
-    assert fastest(latencies, accuracies, max_accuracy_drop=0.0, reference="fp32").name == "same"
+    assert fastest(latencies, accuracies, max_accuracy_drop=0.0, reference="fp32").name == "other"
     with pytest.raises(UsageError, match="no accuracy is known for fp32"):
-        fastest(latencies, dict.fromkeys(("int8", "bf16", "same"), 1.0))
+        fastest(latencies, dict.fromkeys(("int8", "bf16", "other"), 1.0))
     with pytest.raises(UsageError, match="nothing"):
         fastest({})
+
+
+def test_of_equally_fast_ones_the_most_precise_is_named():
+    latencies = {"int8": latency_of(2.0, "int8"), "bf16": latency_of(2.01, "bf16"), "fp32": latency_of(2.5)}
+    choice = fastest(latencies)
+    assert choice.name == "bf16"
+    assert "int8 cannot be told apart from it in speed and no more precise" in choice.reason

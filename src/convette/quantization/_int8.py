@@ -17,6 +17,7 @@ from convette.runtime import _metadata, _vendors, prepare, read_export_metadata
 from convette.runtime._export import convert_to_openvino, deployable, load_onnx, save_onnx, write_openvino
 
 _BATCH = 16
+_SKEWED = {"Swish", "HSwish", "Gelu", "Mish", "SoftPlus", "Elu", "PRelu", "LeakyRelu", "Selu"}
 
 
 def quantize_openvino(
@@ -44,9 +45,14 @@ def quantize_openvino(
     _refuse_not_finite(before, f"the network {type(model).__name__}")
     # One image at a time: ranges are means over the images' own extremes, so that no single outlier widens them.
     dataset = nncf.Dataset([images[index : index + 1] for index in range(len(images))])
+    # Activations that go below zero without being centred there need a zero point of their own.
+    skewed = any(operation.get_type_name() in _SKEWED for operation in converted.get_ops())
+    preset = nncf.QuantizationPreset.MIXED if skewed else nncf.QuantizationPreset.PERFORMANCE
     try:
         with _silence():
-            quantised = nncf.quantize(converted, dataset, subset_size=len(images), target_device=nncf.TargetDevice.CPU)
+            quantised = nncf.quantize(
+                converted, dataset, preset=preset, subset_size=len(images), target_device=nncf.TargetDevice.CPU
+            )
     except Exception as error:
         raise ConvetteError(f"NNCF cannot quantise {type(model).__name__}: {_vendors.one_line(error)}.") from error
     _refuse_collapse(before, _run_openvino(quantised, images[:_BATCH]), f"the int8 network for {path}")

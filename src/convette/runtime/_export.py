@@ -100,8 +100,7 @@ def deployable(model: nn.Module, example: Tensor) -> nn.Module:
             "exported. Wrap it in a module that returns the tensor you need."
         )
     try:
-        fold = getattr(surgery, "fold", None)  # the room grows beside this one
-        return plain if fold is None else fold(plain, example).eval().requires_grad_(False)
+        return surgery.fold(plain, example).eval().requires_grad_(False)
     except ConvetteError:
         # Folding only saves work for engines that do it themselves anyway; not every network can be traced for it.
         return plain

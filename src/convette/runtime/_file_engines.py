@@ -25,6 +25,12 @@ def make(spec: EngineSpec, source: nn.Module | Path, example: np.ndarray, thread
     return _openvino(spec, source, example, threads)
 
 
+def bfloat16_missing() -> str | None:
+    """Return why OpenVINO cannot compute in bfloat16 here (it would silently take float32), or None."""
+    capabilities = _vendors.openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return None if "BF16" in capabilities else "this processor has no bfloat16; use openvino:cpu."
+
+
 def _onnxruntime(spec: EngineSpec, source: nn.Module | Path, example: np.ndarray, threads: int) -> Prepared:
     ort = _vendors.onnxruntime()
     options = ort.SessionOptions()

@@ -212,6 +212,10 @@ def missing(engine: str | EngineSpec) -> str | None:
         from convette.runtime._torch_engines import compiler_missing
 
         return compiler_missing()
+    if spec.engine == "openvino" and spec.precision == "bf16":
+        from convette.runtime._file_engines import bfloat16_missing
+
+        return bfloat16_missing()
     return None
 
 

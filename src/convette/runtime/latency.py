@@ -19,6 +19,7 @@ _BLOCK_SECONDS = 0.05
 _BLOCK_CALLS = 20
 _LEAST_ROUNDS = 8
 _RESAMPLES = 400
+_PRECISE = ("fp32", "bf16", "int8")  # most precise first
 
 
 @dataclass(frozen=True)
@@ -231,36 +232,47 @@ def fastest(
     """Name the fastest of `latencies` (by median) that is accurate enough, with the reason.
 
     Accurate enough: `accuracies` (shares, 0..1) at most `max_accuracy_drop` below that of `reference` (None: below the
-    best). Without accuracies all are taken to be. Where another's median cannot be told apart (the intervals overlap),
-    the reason says so. Raises `UsageError` if nothing was measured, or `accuracies` misses a name.
+    best). Without accuracies all are taken to be. Of those that cannot be told apart from the fastest (the intervals of
+    the medians overlap) the one with the highest precision is named. Raises `UsageError` if nothing was measured,
+    none is accurate enough, or `accuracies` misses a name.
     """
     if not latencies:
         raise UsageError("nothing to choose from: no latency was measured.")
     names = sorted(latencies, key=lambda name: latencies[name].p50)
-    lost: dict[str, float] = {}
-    if accuracies is not None:
-        missing = [name for name in (*names, *([reference] if reference else [])) if name not in accuracies]
-        if missing:
-            raise UsageError(f"no accuracy is known for {', '.join(missing)}; measure it, or give none at all.")
-        best = accuracies[reference] if reference else max(accuracies[name] for name in names)
-        lost = {name: best - accuracies[name] for name in names}
-    allowed = [name for name in names if lost.get(name, 0.0) <= max_accuracy_drop + 1e-12]
+    lost = _losses(names, accuracies, reference)
+    allowed = [name for name in names if lost[name] <= max_accuracy_drop + 1e-12]
     if not allowed:
         raise UsageError(f"none is within {max_accuracy_drop:.2%} of the accuracy of {reference}; allow a larger drop.")
-    name = allowed[0]
+    equal = [name for name in allowed if overlap(latencies[allowed[0]], latencies[name])]
+    name = min(equal, key=lambda name: _PRECISE.index(latencies[name].precision))
     reason = f"{name} is the fastest ({latencies[name].p50:.3g} ms)"
     if accuracies is not None:
         reason += f" within {100 * max_accuracy_drop:.3g} points of accuracy ({100 * accuracies[name]:.2f} %)"
-    faster = [other for other in names[: names.index(name)] if other not in allowed]
+    faster = [other for other in names[: names.index(allowed[0])] if other not in allowed]
     if faster:
         reason += "; " + ", ".join(
             f"{other} is faster ({latencies[other].p50:.3g} ms) but loses {100 * lost[other]:.2f} points"
             for other in faster
         )
-    equal = [other for other in allowed[1:] if overlap(latencies[name], latencies[other])]
+    equal.remove(name)
     if equal:
-        reason += f"; {', '.join(equal)} cannot be told apart from it"
+        more = (
+            " and no more precise"
+            if any(latencies[other].precision != latencies[name].precision for other in equal)
+            else ""
+        )
+        reason += f"; {', '.join(equal)} cannot be told apart from it in speed{more}"
     return Choice(name, reason + ".")
+
+
+def _losses(names: list[str], accuracies: Mapping[str, float] | None, reference: str | None) -> dict[str, float]:
+    if accuracies is None:
+        return dict.fromkeys(names, 0.0)
+    missing = [name for name in (*names, *([reference] if reference else [])) if name not in accuracies]
+    if missing:
+        raise UsageError(f"no accuracy is known for {', '.join(missing)}; measure it, or give none at all.")
+    best = accuracies[reference] if reference else max(accuracies[name] for name in names)
+    return {name: best - accuracies[name] for name in names}
 
 
 def overlap(one: Latency, other: Latency) -> bool:
