@@ -46,6 +46,31 @@ def test_solvers_agree(shape, seed, signed, center):
         torch.testing.assert_close(found[solver].share[clear], found["svd"].share[clear], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(160, 10, 10), (90, 12, 12), (256, 9, 9)])
+@pytest.mark.parametrize(("signed", "center", "components"), [(False, False, 1), (True, True, 1), (False, True, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_maps_agree_with_the_full_decomposition(shape, signed, center, components, dtype):
+    """Large Gram matrices are solved by subspace iteration, or wholly where that does not converge."""
+    coarse = features((shape[0], 4, 4), 3, signed=signed)
+    coarse[:, : shape[0] // 2] += 2 * coarse[:, :1]  # one pattern that stands out
+    smooth = torch.nn.functional.interpolate(coarse, size=shape[1:], mode="bilinear")
+    noisy = features(shape, 4, signed=signed)
+    x = torch.cat([smooth + 0.02 * noisy, noisy, torch.zeros_like(noisy[:1])]).to(dtype)
+    state = torch.random.get_rng_state()
+    found = principal_maps(x, center=center, components=components)
+    assert torch.equal(state, torch.random.get_rng_state())
+    full = principal_maps(x, center=center, components=components, solver="svd")
+    clear = full.gap > 1.05
+    assert clear.any()
+    scale = full.maps.abs().amax()
+    assert float((found.maps - full.maps)[clear, 0].abs().max()) < 1e-4 * float(scale)
+    torch.testing.assert_close(found.share[:, 0], full.share[:, 0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(found.gap[clear], full.gap[clear], atol=0, rtol=0.33)
+    near = full.gap < 1.3
+    torch.testing.assert_close(found.gap[near], full.gap[near], atol=0, rtol=0.02)
+    assert not found.maps[-1].any()
+
+
 @settings(max_examples=30, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 10**6), center=st.booleans())
 def test_length_share_and_gap_follow_from_the_singular_values(shape, seed, center):

@@ -20,6 +20,9 @@ from convette.explain.layers import resolve_layer
 Solver = Literal["gram", "power", "svd"]
 # The power method stops when the vector stands still: its error then is this small, relative to its length.
 _STILL, _MOST_STEPS = 1e-10, 1000
+# Subspace iteration: from which side on it pays, products between two looks, looks, and the relative residual to reach.
+_SMALL_SIDE, _STEPS, _ROUNDS = 64, 3, 8
+_CONVERGED = {torch.float32: 3e-6, torch.float64: 1e-8}
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class PrincipalMaps:
     Attributes:
         maps: signed, the first component first; the length of each is its singular value.
         share: squared singular value over the sum of all, 0 to 1.
-        gap: first over second singular value; infinite for features of rank one.
+        gap: first over second singular value; infinite for features of rank one. Of large maps the second value is
+            estimated: a gap near 1 is right, a large one may be given up to a third too large.
     """
 
     maps: Float[Tensor, "n m i j"]
@@ -128,7 +132,8 @@ def principal_maps(
     whose maximum is larger than its minimum.
 
     Args:
-        features: any float type; computed in double precision, scaled by the largest value first.
+        features: any float type, scaled by the largest value first; computed in double precision, or in single
+            precision for one component of features that are not doubles.
         center: subtract each channel's mean over the positions.
         components: number of maps; those past the rank are 0.
         solver: "gram", the eigenvectors of the smaller Gram matrix (default); "power", the power method on it (one
@@ -141,7 +146,7 @@ def principal_maps(
         raise UsageError("Eigen-CAM: the features are not finite.")
     count, _, rows, columns = features.shape
     # Transposed views are cheap; (positions, channels) is the matrix of the equation.
-    matrix = features.detach().to(_precise(features)).flatten(2).transpose(1, 2)
+    matrix = features.detach().to(_precision(features, components, solver)).flatten(2).transpose(1, 2)
     scale = matrix.abs().amax((1, 2), keepdim=True)
     matrix = matrix / torch.where(scale > 0, scale, 1.0)
     nonnegative = matrix.amin((1, 2)) >= 0
@@ -161,15 +166,16 @@ def principal_maps(
     share = energies[:, :components] / torch.where(total > 0, total, 1.0)[:, None]
     second = energies[:, 1] if energies.shape[1] > 1 else (total - energies[:, 0])
     # A second value below rounding is none.
-    second = torch.where(second > 1e-14 * energies[:, 0], second, 0.0)
+    second = torch.where(second > 10 * torch.finfo(matrix.dtype).eps * energies[:, 0], second, 0.0)
     gap = torch.where(energies[:, 0] > 0, (energies[:, 0] / second).sqrt(), 1.0)
     maps = (top * scale).reshape(count, components, rows, columns)
     return PrincipalMaps(maps.float(), share.clamp(0, 1).float(), gap.float())
 
 
-def _precise(features: Tensor) -> torch.dtype:
-    # The Gram matrix squares the condition number; Apple's GPUs have no double precision.
-    return torch.float32 if features.device.type == "mps" else torch.float64
+def _precision(features: Tensor, components: int, solver: Solver) -> torch.dtype:
+    # The Gram matrix squares the condition number, which only smaller components feel. Apple's GPUs have no doubles.
+    single = solver == "gram" and components == 1 and features.dtype != torch.float64
+    return torch.float32 if single or features.device.type == "mps" else torch.float64
 
 
 def _solve(matrix: Tensor, components: int, solver: Solver) -> tuple[Tensor, Tensor]:
@@ -186,14 +192,51 @@ def _solve(matrix: Tensor, components: int, solver: Solver) -> tuple[Tensor, Ten
     if solver != "gram":
         raise UsageError(f"Eigen-CAM solver {solver!r}: 'gram', 'power' or 'svd'.")
     if positions <= channels:
-        values, vectors = torch.linalg.eigh(matrix @ matrix.transpose(1, 2))
-        values, vectors = values.flip(1).clamp_min(0), vectors.flip(2)
+        values, vectors = _leading(matrix @ matrix.transpose(1, 2), components)
         maps = vectors[:, :, :components] * values[:, None, :components].sqrt()
     else:
-        values, vectors = torch.linalg.eigh(matrix.transpose(1, 2) @ matrix)
-        values, vectors = values.flip(1).clamp_min(0), vectors.flip(2)
+        values, vectors = _leading(matrix.transpose(1, 2) @ matrix, components)
         maps = matrix @ vectors[:, :, :components]
     return maps.transpose(1, 2), values
+
+
+def _leading(gram: Tensor, components: int) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues (n, k) and their vectors (n, side, k) of Gram matrices, at least `components`.
+
+    Large ones by subspace iteration: the first component of features stands out, so that a few products with a thin
+    matrix find it. Those that do not converge, and small ones, by a whole decomposition.
+    """
+    side, thin = gram.shape[1], components + 4
+    if side <= _SMALL_SIDE or side <= 4 * thin:
+        return _all_eigenvalues(gram)
+    generator = torch.Generator().manual_seed(0)  # not the user's random state
+    start = torch.randn(side, thin, generator=generator, dtype=torch.float64).to(gram)
+    basis = gram @ start.expand(len(gram), -1, -1)
+    residual = gram.new_full((len(gram),), float("inf"))
+    enough = _CONVERGED[gram.dtype]
+    values, vectors = gram.new_zeros(len(gram), thin), basis
+    for _ in range(_ROUNDS):
+        for _ in range(_STEPS):
+            basis = gram @ basis
+        basis, _ = torch.linalg.qr(basis)
+        image = gram @ basis
+        values, turn = _all_eigenvalues(basis.transpose(1, 2) @ image)
+        vectors = basis @ turn
+        difference = (image @ turn - vectors * values[:, None])[:, :, :components]
+        residual = difference.norm(dim=1).amax(1) / values[:, 0].clamp_min(torch.finfo(gram.dtype).tiny)
+        if float(residual.max()) < enough:
+            return values, vectors
+        basis = image / values[:, :1, None].clamp_min(torch.finfo(gram.dtype).tiny)
+    hard = ~(residual < enough)
+    all_values, all_vectors = _all_eigenvalues(gram[hard])
+    values[hard], vectors[hard] = all_values[:, :thin], all_vectors[:, :, :thin]
+    return values, vectors
+
+
+def _all_eigenvalues(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all eigenvalues, the largest first, and their vectors."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(1).clamp_min(0), vectors.flip(2)
 
 
 def _power(matrix: Tensor) -> tuple[Tensor, Tensor]:
