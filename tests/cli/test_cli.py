@@ -30,7 +30,7 @@ def refused(capsys, arguments: list[str]) -> tuple[int, str]:
         ("fit digits --epoch 3", 2, "Did you mean '--epochs'?"),
         ("fit digits --epochs three", 2, "--help"),
         ("fit digts", 2, "Did you mean 'digits'?"),
-        ("fit digits --model resnet21", 2, "Did you mean 'resnet20'?"),
+        ("fit digits --model resnt20", 2, "Did you mean 'resnet20'?"),
         ("fit digits --model timm:resnet81", 2, "Did you mean 'timm:resnet18'?|Did you mean"),
         ("fit digits --budget mcas<=40%", 2, "Did you mean 'macs'?"),
         ("fit digits --budget macs<=40", 2, "40%"),

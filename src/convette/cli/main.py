@@ -34,12 +34,13 @@ for verb in (fit, train, prune, cost, export, explain, compare, show, catalogue,
     app.command(verb.__name__)(verb)
 
 
-def _version(value: bool) -> None:
+def _version(value: bool) -> bool:
     if value:
         from convette import __version__
 
         print(f"convette {__version__}")
         raise typer.Exit
+    return value
 
 
 @app.callback()

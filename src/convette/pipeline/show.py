@@ -60,7 +60,7 @@ def _network(path: Path) -> tuple[dict[str, Any], str]:
     if header.card.preprocessing:
         lines.append("input    " + ", ".join(f"{key} {item}" for key, item in header.card.preprocessing.items()))
     lines += [f"history  {number}. {_step(step)}" for number, step in enumerate(header.card.history, start=1)]
-    lines += [f"edit     {number}. {_edit(edit)}" for number, edit in enumerate(edits, start=1)]
+    lines += [f"edit     {number}. {_edit(edit, header)}" for number, edit in enumerate(header.edits, start=1)]
     if not edits:
         lines.append("edit     none: the network is as its constructor makes it")
     return value, "\n".join(lines)
@@ -87,8 +87,16 @@ def _step(step: Any) -> str:
     return f"{step.get('step', '?')}: {words}"
 
 
-def _edit(edit: dict[str, Any]) -> str:
-    text = json.dumps(edit)
+def _edit(edit: surgery.Edit, header: surgery.Header) -> str:
+    if isinstance(edit, surgery.Shrink):
+        # Output channels of the layers; what follows from them (norms, inputs of the next layer) would only repeat it.
+        layers = {
+            name.removesuffix(".weight"): len(kept)
+            for (name, dim), kept in edit.kept.items()
+            if dim == 0 and name in header.tensors and len(header.tensors[name][1]) > 1
+        }
+        return "shrink to " + _shortened([f"{name} {width}" for name, width in layers.items()], 24)
+    text = json.dumps(edit.to_json())
     return text if len(text) <= 160 else text[:157] + "..."
 
 

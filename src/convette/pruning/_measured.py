@@ -43,7 +43,7 @@ class MeasuredLimits:
     """
 
     def __init__(
-        self, limits: Sequence[Limit], parent: nn.Module, example: Any, memory_start: float, measure: Measure
+        self, limits: Sequence[Limit], parent: nn.Module, example: Any, memory_start: float | int, measure: Measure
     ) -> None:
         self.limits = tuple(limit for limit in limits if limit.metric in MEASURED)
         self.parent, self.example, self.memory_start, self.measure = parent, example, memory_start, measure
