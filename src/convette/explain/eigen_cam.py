@@ -215,7 +215,7 @@ def _leading(gram: Tensor, components: int) -> tuple[Tensor, Tensor]:
     residual = gram.new_full((len(gram),), float("inf"))
     enough = _CONVERGED[gram.dtype]
     values, vectors = gram.new_zeros(len(gram), thin), basis
-    for _ in range(_ROUNDS):
+    for look in range(_ROUNDS):
         for _ in range(_STEPS):
             basis = gram @ basis
         basis, _ = torch.linalg.qr(basis)
@@ -224,7 +224,7 @@ def _leading(gram: Tensor, components: int) -> tuple[Tensor, Tensor]:
         vectors = basis @ turn
         difference = (image @ turn - vectors * values[:, None])[:, :, :components]
         residual = difference.norm(dim=1).amax(1) / values[:, 0].clamp_min(torch.finfo(gram.dtype).tiny)
-        if float(residual.max()) < enough:
+        if look and float(residual.max()) < enough:  # the first look knows the second value too roughly
             return values, vectors
         basis = image / values[:, :1, None].clamp_min(torch.finfo(gram.dtype).tiny)
     hard = ~(residual < enough)
