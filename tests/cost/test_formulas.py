@@ -116,6 +116,16 @@ def test_attention_other_lengths_masked_and_grouped_queries():
     assert count(grouped, (q, k, v)).macs == 2 * 4 * 5 * 7 * 16
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flexible_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k, v = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 32, 16), torch.randn(2, 3, 32, 16)
+    cost = count(Call(flex_attention), (q, k, v))
+    assert cost.macs == cost.families["attention"] == 2 * 3 * 16 * 32 * 32
+    assert cost.uncounted == ()
+
+
 @pytest.fixture(params=[True, False], ids=["fast path", "slow path"])
 def fast_path(request):
     before = torch.backends.mha.get_fastpath_enabled()

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -93,7 +94,7 @@ def record(model: nn.Module, example: Example) -> Recorder:
     try:
         with _undisturbed(model), recorder.watching_modules():
             try:
-                with torch.inference_mode(False), torch.no_grad(), _without_compiling(model), recorder:
+                with torch.inference_mode(False), torch.no_grad(), _without_compiling(), recorder:
                     _run(model, args, kwargs)
             finally:
                 recorder.restore()
@@ -172,9 +173,10 @@ def _put_back(container: Any, contents: Any) -> None:
 
 
 @contextlib.contextmanager
-def _without_compiling(model: nn.Module) -> Iterator[None]:
-    # What torch.compile fuses the dispatcher no longer sees; its modules run as written here.
-    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+def _without_compiling() -> Iterator[None]:
+    # What torch.compile fuses the dispatcher no longer sees; what was compiled runs as written here.
+    # Asking for that loads the compiler (seconds), so only where it is loaded, or flex_attention would load it.
+    if {"torch._dynamo", "torch.nn.attention.flex_attention"} & sys.modules.keys():
         with torch.compiler.set_stance("force_eager"):
             yield
     else:

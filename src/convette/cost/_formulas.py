@@ -269,6 +269,7 @@ FORMULAS: dict[str, Formula] = {
         ),
         _fused_attention,
     ),
+    "higher_order::flex_attention": _fused_attention,
     "aten::_flash_attention_forward": _ragged_attention,
     "aten::_efficient_attention_forward": _ragged_attention,
     "aten::_cudnn_attention_forward": _fused_attention,

@@ -62,6 +62,8 @@ class Recorder(TorchDispatchMode):
     operator allocates and frees inside itself is not seen.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         super().__init__()
         self.operations: list[Operation] = []
@@ -121,7 +123,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        formula = FORMULAS.get(func._schema.name) if hasattr(func, "_schema") else None
+        operator = func._schema.name if hasattr(func, "_schema") else f"higher_order::{func.name()}"
+        formula = FORMULAS.get(operator)
         if formula is None and hasattr(func, "decompose"):
             # Under inference mode composite operators arrive whole; their parts are what is counted.
             with self:
@@ -134,8 +137,8 @@ class Recorder(TorchDispatchMode):
         if formula is not None:
             for term in formula(_by_name(func, args, kwargs), out):
                 self._record(term)
-        elif getattr(func, "namespace", "aten") not in ("aten", "prim", "prims"):
-            self.uncounted |= {func._schema.name} - UNCOUNTED_BY_CONVENTION
+        elif operator.partition("::")[0] not in ("aten", "prim", "prims") and operator not in UNCOUNTED_BY_CONVENTION:
+            self.uncounted.add(operator)
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._keep(x)
@@ -236,6 +239,8 @@ class Recorder(TorchDispatchMode):
 
 
 def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    if not hasattr(func, "_schema"):  # flex_attention, the only operator without a schema that has a formula
+        return {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
     values = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
     values.update(zip((a.name for a in func._schema.arguments), args, strict=False))
     values.update(kwargs)
