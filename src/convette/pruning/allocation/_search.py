@@ -91,14 +91,14 @@ def smallest_selection(ladders: Sequence[Ladder]) -> dict[str, Tensor]:
     return selection_of(ladders, {ladder.name: 0 for ladder in ladders})
 
 
-def predicted(width_cost: WidthCost, metric: str, selection: Mapping[str, Tensor]) -> float:
+def predicted(width_cost: WidthCost, metric: str, selection: Mapping[str, Tensor]) -> float | int:
     """Return the cost of a selection on one of the metrics in `PREDICTED`."""
     if metric == "macs":
-        return width_cost.macs(selection)
+        return float(width_cost.macs(selection))
     if metric == "parameters":
-        return width_cost.parameters(selection)
+        return float(width_cost.parameters(selection))
     if metric == "size":
-        return width_cost.size(selection)
+        return float(width_cost.size(selection))
     raise UsageError(f"{metric} cannot be predicted from the widths; an allocation takes {', '.join(PREDICTED)}.")
 
 
