@@ -1,6 +1,5 @@
 import copy
 from math import ceil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from convette.cost import Limit, WidthCost, count
 from convette.errors import BudgetError, StructureError, UsageError
 from convette.pruning import ALLOCATIONS, WidthRules, find_allocation, global_ranking, l1, per_layer, random, uniform
-from convette.pruning.allocation import build_ladders
+from convette.pruning.allocation._ladder import _ladder
 from convette.surgery import Constraints, Group, Member, apply, trace
 
 NAMES = sorted(ALLOCATIONS)
@@ -19,7 +18,7 @@ UNSHAKEN = [HealthCheck.function_scoped_fixture]
 
 
 def limit(metric: str, value: float) -> Limit:
-    return Limit(metric=metric, percentile=None, value=value, relative=False, engine=None)
+    return Limit(metric=metric, percentile=None, value=float(value), relative=False, engine=None)
 
 
 def removed_share(graph):
@@ -27,7 +26,7 @@ def removed_share(graph):
     sizes = {group.name: group.size for group in graph.groups}
 
     def loss(selection):
-        return 1 + sum((10 if n == "inner" else 1) * (1 - len(kept) / sizes[n]) for n, kept in selection.items())
+        return 1.0 + sum((10 if n == "inner" else 1) * (1 - len(kept) / sizes[n]) for n, kept in selection.items())
 
     return loss
 
@@ -114,8 +113,8 @@ def test_grouped_convolutions_stay_whole(name):
 def ladder(parts: int, rules: WidthRules, **constraints):
     member = Member("conv.weight", 0, torch.arange(12).view(12, 1), "producer", "conv")
     group = Group("conv", 12, (member,), Constraints(parts=parts, **constraints))
-    scores = {"conv": torch.tensor([5.0, 1, 2, 9, 0, 7, 3, 8, 4, 6, 11, 10])}
-    return build_ladders(scores, SimpleNamespace(groups=(group,)), rules)[0]
+    scores = torch.tensor([5.0, 1, 2, 9, 0, 7, 3, 8, 4, 6, 11, 10])
+    return _ladder(group, scores, rules)
 
 
 def test_equal_parts_keep_the_best_of_each():

@@ -26,17 +26,17 @@ def test_finds_a_cap_that_is_met(floor, power, steps, margin):
 
 
 def test_a_good_guess_needs_one_measurement():
-    best, tried = search_cap(lambda cap: cap * 2, CapPoint(0.1, 0.2), CapPoint(1, 2), guess=0.48)
+    best, tried = search_cap(lambda cap: cap * 2, CapPoint(0.1, 0.2), CapPoint(1.0, 2.0), guess=0.48)
     assert len(tried) == 1 and best.cap == 0.48
 
 
 def test_noise_never_returns_a_point_that_was_missed():
     noise = chance.Random(0)
-    best, tried = search_cap(lambda cap: 0.3 + cap + noise.gauss(0, 0.05), CapPoint(0.05, 0.35), CapPoint(1, 1.3))
+    best, tried = search_cap(lambda cap: 0.3 + cap + noise.gauss(0, 0.05), CapPoint(0.05, 0.35), CapPoint(1.0, 1.3))
     assert best.share <= 1
     assert best == CapPoint(0.05, 0.35) or best in tried
 
 
 def test_nothing_between_is_met():
-    best, _ = search_cap(lambda cap: 1.2, CapPoint(0.1, 0.9), CapPoint(1, 2), attempts=5)
+    best, _ = search_cap(lambda cap: 1.2, CapPoint(0.1, 0.9), CapPoint(1.0, 2.0), attempts=5)
     assert best.cap == pytest.approx(0.1)

@@ -121,8 +121,8 @@ def reach_measured(
     shares = {name: worst(rows) for name, rows in measured.shares(networks).items()}
     if shares["plain"] <= 1:
         return plain, None
-    low = CapPoint(candidate.width_cost.macs(smallest), shares["smallest"])
-    high = CapPoint(min(macs_now, candidate.width_cost.macs(plain)), shares["plain"])
+    low = CapPoint(float(candidate.width_cost.macs(smallest)), shares["smallest"])
+    high = CapPoint(min(macs_now, float(candidate.width_cost.macs(plain))), shares["plain"])
     found: dict[float, Selection] = {low.cap: smallest}
 
     def share_at(cap: float) -> float:
@@ -131,7 +131,7 @@ def reach_measured(
         note(f"  {cap / macs_now:.0%} of the MACs: {share:.0%} of the limit")
         return share
 
-    best, _ = search_cap(share_at, low, high, guess=guess, margin=settings.latency_margin)
+    best, _ = search_cap(share_at, low, high, guess=guess, margin=float(settings.latency_margin))
     return found[best.cap], best.cap
 
 

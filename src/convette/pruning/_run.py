@@ -116,7 +116,7 @@ class Run:
         """Choose the units that stay at this step: ``{"selection": {group: units}, "cap": MACs or None}``."""
         calibration = self.calibration()
         candidate = prepare_candidate(network, self.example, self.minimum, self.settings, calibration, self.step)
-        now = candidate.width_cost.macs({})
+        now = float(candidate.width_cost.macs({}))
         cap = self.cap
         if self.step == 1:
             check_reachable(candidate, self.budget, self.start, self.measured)
@@ -127,7 +127,7 @@ class Run:
             selection = candidate.within(self.limits_at(self.step / self.settings.steps, cap))
         elif self.measured.limits:
             # A step beyond the last means that the final measurement missed: the cap was lowered for it.
-            floor = candidate.width_cost.macs(candidate.smallest())
+            floor = float(candidate.width_cost.macs(candidate.smallest()))
             beyond = (macs_limit(max(cap or now, floor)),) if self.step > self.settings.steps else ()
             selection, found = reach_measured(
                 candidate, (*self.limits, *beyond), self.measured, now, guess=cap, note=_say
@@ -197,7 +197,8 @@ class Run:
         """Return the limits after this fraction of the steps: each cost falls by the same factor a step."""
         limits = [*self.limits, *([macs_limit(cap)] if cap is not None else [])]
         return [
-            replace(limit, value=_on_the_way(self.start.get(limit.metric), limit.value, fraction)) for limit in limits
+            replace(limit, value=_on_the_way(float(self.start.get(limit.metric)), limit.value, fraction))
+            for limit in limits
         ]
 
     def calibration(self) -> list[tuple[Tensor, Tensor]]:

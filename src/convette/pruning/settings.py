@@ -41,9 +41,9 @@ class PruneSettings:
     distil: bool = True
     recalibrate: bool = True
     multiple_of: int = 1
-    min_fraction: float = 0.1
+    min_fraction: float | int = 0.1
     calibration_images: int = 256
-    latency_margin: float = 0.03
+    latency_margin: float | int = 0.03
     seed: int = 0
 
     def __post_init__(self) -> None:

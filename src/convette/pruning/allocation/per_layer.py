@@ -41,7 +41,7 @@ def per_layer(
     if loss is None:
         raise UsageError("allocation per_layer measures the loss: give a data set, or use global or uniform.")
     ladders = build_ladders(scores, graph, rules or WidthRules())
-    whole = loss({})
+    whole = float(loss({}))
     if not np.isfinite(whole):
         raise StructureError(f"allocation per_layer: the loss of the whole network on the calibration data is {whole}.")
     curves = {ladder.name: _damage(ladder, whole, loss, ratios) for ladder in ladders}

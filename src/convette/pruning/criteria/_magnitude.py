@@ -1,16 +1,11 @@
 """The norm of a unit's producer slices, shared by the magnitude criteria."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from convette.errors import UsageError, did_you_mean
 from convette.pruning._units import finite_scores, sum_over_units, tensors_of, weight_members
 from convette.surgery import ChannelGraph
-
-Aggregate = Literal["norm", "mean", "max"]
-Normalise = Literal["mean", "max", "none"]
 
 
 def magnitude(model: nn.Module, graph: ChannelGraph, power: int, aggregate: str, normalise: str) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convette.pruning.criteria._magnitude import Aggregate, Normalise, magnitude
+from convette.pruning.criteria._magnitude import magnitude
 from convette.surgery import ChannelGraph
 
 
@@ -14,8 +14,8 @@ def l2(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    aggregate: Aggregate = "norm",
-    normalise: Normalise = "mean",
+    aggregate: str = "norm",
+    normalise: str = "mean",
 ) -> dict[str, Tensor]:
     r"""Score units by the L2 norm of their producer weights.
 

@@ -1,7 +1,7 @@
 """First-order Taylor estimate of what the loss loses with a unit."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from convette.errors import UsageError
 from convette.pruning._units import finite_scores, sum_over_units, tensors_of, weight_members
-from convette.pruning.criteria._magnitude import Normalise, check_choice, normalised
+from convette.pruning.criteria._magnitude import check_choice, normalised
 from convette.surgery import ChannelGraph, Member
 
 
@@ -18,8 +18,8 @@ def taylor(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    role: Literal["consumer", "producer"] = "consumer",
-    normalise: Normalise = "none",
+    role: str = "consumer",
+    normalise: str = "none",
     loss: Callable[[Any, Any], Tensor] = functional.cross_entropy,
 ) -> dict[str, Tensor]:
     r"""Score units by the first-order change of the loss when they go.
