@@ -1,18 +1,16 @@
 """Applying edits to a live network: all or nothing, logged, with optimiser state and averaged copies carried along."""
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from convette.errors import StructureError
 from convette.surgery._edits import Change, Edit, ParameterChange, Shrink, sliced
 from convette.surgery._log import structure_log
-from convette.surgery._trace import call, evaluating, outputs_of
+from convette.surgery._trace import call, evaluating, outputs_of, trace
 
 
 @dataclass
@@ -57,10 +55,11 @@ def apply(
 ) -> StructureChange:
     """Carry out `edits` on `model` in place, in order, and append them to its structure log; all or nothing.
 
-    With `prove` and an `example` the outcome is compared with what it must equal (for `Shrink`: the same network with
-    the removed channels zeroed wherever they are read; for edits that preserve the function: the network as it was)
-    within the relative `tolerance`. Raises `StructureError`, with the model unchanged, where an edit does not fit or
-    a proof fails. Cost: copying the parameters that change; with `prove` also two forward passes.
+    With `prove` and an `example` the outcome is compared with what it must equal, within the relative `tolerance`: for
+    `Shrink` the same network with the removed channels zeroed and left out of every statistic over channels, for edits
+    that preserve the function the network as it was. Raises `StructureError`, with the model unchanged, where an edit
+    does not fit or a proof fails. Cost: copying the parameters that change; a proof traces the network and runs it
+    twice.
     """
     done: list[Change] = []
     result = StructureChange(edits=edits)
@@ -107,24 +106,10 @@ def _expected(model: nn.Module, edit: Edit, example: Any) -> list[Tensor]:
     if example is None:
         raise StructureError("a proof needs an example to run the network on.")
     if isinstance(edit, Shrink):
-        masked_copy = copy.deepcopy(model)
-        zero_removed(masked_copy, edit)
-        return _outputs(masked_copy, example)
+        from convette.surgery._proof import expected_outputs
+
+        return expected_outputs(trace(model, example), edit)
     return _outputs(model, example)
-
-
-def zero_removed(model: nn.Module, edit: Shrink) -> None:
-    """Zero, in place, every entry of `model`'s floating-point parameters that `edit` would remove."""
-    from convette.surgery._edits import find_tensor
-
-    with torch.no_grad():
-        for (name, dim), indices in edit.kept.items():
-            tensor = find_tensor(model, name)
-            if not tensor.is_floating_point() or name.endswith("running_var"):
-                continue
-            gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
-            gone[torch.tensor(indices, device=tensor.device)] = False
-            tensor.index_fill_(dim, gone.nonzero().view(-1), 0)
 
 
 def _compare(before: list[Tensor], after: list[Tensor], edit: Edit, tolerance: float) -> None:

@@ -33,6 +33,14 @@ class Change:
             self.undo.pop()()
 
 
+def forget_caches(model: nn.Module) -> None:
+    """Empty the tensors that modules keep from earlier runs (``attention_bias_cache`` and the like)."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "cache" in name and isinstance(value, dict) and all(isinstance(item, Tensor) for item in value.values()):
+                value.clear()
+
+
 @runtime_checkable
 class Edit(Protocol):
     """A change of structure: pure data, carried out by `apply`."""
@@ -56,7 +64,7 @@ class Rewrite:
     function: str
     occurrence: int
     kind: str
-    sizes: tuple[tuple[int, ...], ...]
+    sizes: tuple[tuple[float, ...], ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the rewrite as a JSON object."""
@@ -98,6 +106,8 @@ class Shrink:
             set_attributes(model, self.attributes, change)
             free_heads(model, self.free_heads, change)
             rewrite_calls(model, self.rewrites, change)
+            change.undo.insert(0, lambda: forget_caches(model))
+            forget_caches(model)
         except BaseException:
             change.revert()
             raise
@@ -139,7 +149,7 @@ class Shrink:
                     str(item["function"]),
                     int(item["occurrence"]),
                     str(item["kind"]),
-                    tuple(tuple(int(size) for size in sizes) for sizes in item["sizes"]),
+                    tuple(tuple(_number(size) for size in sizes) for sizes in item["sizes"]),
                 )
                 for item in value.get("rewrites", [])
             )
@@ -171,6 +181,12 @@ def _from_runs(runs: list[list[int]]) -> tuple[int, ...]:
             raise ValueError("more indices than any layer has")
         result.extend(range(first, last + 1))
     return tuple(result)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"not a number: {value!r}")
+    return value
 
 
 def _size(value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from convette.errors import StructureError
 from convette.surgery._edits import Change, Rewrite, find_module
-from convette.surgery._tracer import family, function_name
+from convette.surgery._tracer import family, function_name, numbers_in
 
 Sizes = tuple[tuple[int, ...], ...]
 _REWRITES = "_convette_rewrites"
@@ -58,14 +58,20 @@ def _new_shape(given: list[Any], expected: Any, name: str) -> list[Any]:
 
 def given_sizes(
     kind: str, func: Any, name: str, args: Any, kwargs: dict[str, Any], expected: Any
-) -> list[tuple[Any, Any]]:
-    """Compare what a call is given with what it must be; return (given, needed) for each that differs, () if none."""
+) -> list[tuple[Any, ...]]:
+    """Compare what a call is given with what it must be; return (given, needed) for each that differs.
+
+    For shapes the axis comes first.
+    """
     if kind == "shape":
         given, _ = _shape_arguments(name, args, kwargs)
         if name in ("repeat", "tile"):
             sizes = [1] * (len(given) - args[0].ndim) + list(args[0].shape)
-            return [(given[a], n) for a, n in expected if sizes[a] == 1 and given[a] != n]
-        return [(given[axis], size) for axis, size in expected if given[axis] not in (size, None, -1)]
+            return [(a, given[a], n) for a, n in expected if sizes[a] == 1 and given[a] != n]
+        return [(axis, given[axis], size) for axis, size in expected if given[axis] not in (size, None, -1)]
+    if kind == "scalar":
+        numbers = numbers_in(args)
+        return [] if numbers == expected[0] else [(numbers, expected[0])]
     if kind == "normalized_shape":
         sizes = list(args[1] if len(args) > 1 else kwargs["normalized_shape"])
         first = args[0].ndim - len(sizes)
@@ -198,6 +204,9 @@ def rewritten(kind: str, func: Any, name: str, args: Any, kwargs: dict[str, Any]
         given, put = _shape_arguments(name, args, kwargs)
         args, kwargs = put(_new_shape(given, expected, name))
         return func(*args, **kwargs)
+    if kind == "scalar":
+        numbers = iter(expected[0])
+        return func(*[next(numbers) if numbers_in((item,)) else item for item in args], **kwargs)
     if kind == "normalized_shape":
         sizes = list(args[1] if len(args) > 1 else kwargs.pop("normalized_shape"))
         first = args[0].ndim - len(sizes)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convette.surgery._labels import moved, normalised, reshaped, spread, varying
-from convette.surgery._tracer import Call, Fixed, Layers, Tracer
+from convette.surgery._tracer import Call, Fixed, Layers, Operand, Tracer, Value
 
 
 def _with_boxes(tracer: Tracer, call: Call, layers: Layers) -> Layers:
@@ -188,6 +188,10 @@ def getitem(tracer: Tracer, call: Call) -> Layers:
         elif touched and isinstance(item, Tensor | list | tuple):
             gathers.append((axis, item))
         axis += _axes_used(item)
+    for axis, item in gathers:
+        _gathered(tracer, call, inputs, axis, item)
+    picked = {axis for axis, _ in gathers}
+    inputs = tuple(layer for layer in inputs if not picked & set(varying(layer)))
     layers = tuple(_clean(layer[index], layer) for layer in inputs)
     for axis, chosen in singles:
         for layer in inputs:
@@ -201,25 +205,27 @@ def getitem(tracer: Tracer, call: Call) -> Layers:
     layers = tuple(layer for layer in layers if varying(layer))
     if spans:
         tracer.sized(call, "slice", inputs, [layers], 0, spans)
-    for axis, item in gathers:
-        _gathered(tracer, call, inputs, axis, item)
     return _with_boxes(tracer, call, layers)
 
 
 def _gathered(tracer: Tracer, call: Call, inputs: Layers, axis: int, item: Any) -> None:
-    # Channels picked one by one: which indices they are is written in the code, so they stay.
-    for layer in inputs:
-        if axis in varying(layer):
-            tracer.store.freeze(layer, call.index)
-    tracer.freeze(call)
+    # Channels picked one by one: which indices they are is written in the code, so they stay. A table of numbers
+    # looked up by position (relative positions) is the usual case and nothing to report.
+    touched = [layer for layer in inputs if axis in varying(layer)]
+    for layer in touched:
+        tracer.store.freeze(layer, call.index)
+    if not tracer.is_parameter(call.args[0]):
+        tracer.report(call)
 
 
 def setitem(tracer: Tracer, call: Call) -> Layers:
     """``x[...] = y``: what was there and what comes are the same channels."""
     target, index, new = call.args
-    if not isinstance(new, Tensor):
+    if not isinstance(new, Tensor) or new.ndim == 0:
         return tracer.layers(target)
     shape = target[index].shape
+    if new.ndim == len(shape) == target.ndim:
+        _given_labels(tracer, target, {axis for layer in tracer.layers(new) for axis in varying(layer)})
     region = tuple(layer[index] for layer in tracer.layers(target))
     full = tuple(size > 1 for size in shape)
     if new.ndim > len(shape):
@@ -228,8 +234,6 @@ def setitem(tracer: Tracer, call: Call) -> Layers:
     else:
         new_layers = tracer.operand(new, shape).layers
         full = tracer.operand(new, shape).full
-    from convette.surgery._tracer import Operand
-
     whole = tuple(size > 1 for size in shape)
     tracer.align([Operand(whole, region), Operand(full, new_layers)], call.index)
     if not tracer.layers(target) and new_layers:
@@ -260,8 +264,6 @@ def index_select(tracer: Tracer, call: Call) -> Layers:
 
 def cat(tracer: Tracer, call: Call) -> Layers:
     """``cat``, ``concat``: labels are joined along the axis and the same channel across all the others."""
-    from convette.surgery._tracer import Operand
-
     parts = [part for part in call.argument(0, "tensors") if not (part.ndim == 1 and part.numel() == 0)]
     shape = call.out.shape
     axis = call.kwargs.get("axis", call.argument(1, "dim", 0)) % len(shape)
@@ -270,6 +272,8 @@ def cat(tracer: Tracer, call: Call) -> Layers:
     joined: list[Tensor | None] = []
     operands = []
     for part in parts:
+        if any(axis in varying(layer) for other in parts for layer in tracer.layers(other)):
+            _given_labels(tracer, part, {axis})
         along = [layer for layer in tracer.layers(part) if axis in varying(layer)]
         across = [layer for layer in tracer.layers(part) if axis not in varying(layer)]
         for extra in along[1:]:
@@ -372,14 +376,24 @@ def _padded(tracer: Tracer, layer: Tensor, axis: int, amount: tuple[int, int]) -
 
 
 def created(tracer: Tracer, call: Call) -> Layers:
-    """``zeros``, ``ones``, ``full``, ``empty``: no channel of anybody yet; each axis takes the labels it meets."""
-    shape = call.out.shape
-    layers = tuple(spread(tracer.store.fresh(size), axis, shape) for axis, size in enumerate(shape) if size > 1)
-    tracer.sized(call, "shape", (), [layers])
+    """``zeros``, ``ones``, ``full``, ``empty``: nobody's channels yet; the tensor takes those it meets first."""
+    tracer.sized(call, "shape", (), [()])
+    tracer.records.blanks[call.index] = tracer.records.sizes[-1]
+    return ()
+
+
+def _given_labels(tracer: Tracer, tensor: Tensor, axes: set[int]) -> Layers:
+    """Return fresh labels for a blank tensor along `axes`, known from now on; () for any other tensor."""
+    value = tracer.value(tensor)
+    item = tracer.records.blanks.get(value.blank)
+    if item is None:
+        return ()
+    layers = tuple(
+        spread(tracer.store.fresh(tensor.shape[axis]), axis, tensor.shape) for axis in axes if tensor.shape[axis] > 1
+    )
+    item.outputs = ((*item.outputs[0], *layers),)
+    tracer.mark(tensor, Value(layers, value.weight, value.call))
     return layers
-
-
-created.creates = True  # type: ignore[attr-defined]
 
 
 def im2col(tracer: Tracer, call: Call) -> Layers:

@@ -29,13 +29,13 @@ def shrink_edit(graph: ChannelGraph, keep: Tensor) -> Shrink:
     attributes, free = _static_attributes(model, kept, groups)
     edit = Shrink(kept, attributes, free)
     items = {}
-    for item in graph.records.sizes:
+    for item in [*graph.records.sizes, *graph.records.scalars.values()]:
         if _follows_from_class(model, item):
             continue
         sizes = expectation.sizes(item)
         if sizes is not None:
             items[item.call] = (item, sizes)
-    return _probed(graph, edit, items) if items else edit
+    return _probed(graph, edit, items) if items and edit.kept else edit
 
 
 def _kept_indices(graph: ChannelGraph, keep: Tensor) -> dict[tuple[str, int], tuple[int, ...]]:
@@ -172,7 +172,7 @@ def _run(graph: ChannelGraph, trial: Shrink, items: Mapping[int, tuple[SizeCall,
 
     model = graph.model
     names = {id(module): name for name, module in model.named_modules()}
-    probe = Probe(names, graph.records.calls, items, _rules.READS)
+    probe = Probe(names, graph.records.calls, items, _rules.READS, frozenset(trial.free_heads))
     change = trial.apply(model)
     try:
         with evaluating(model), running_modules(probe), probe:
@@ -223,7 +223,7 @@ def _attribute_holding(
     for key, value in vars(module).items():
         if not is_size(value) or not _may_hold_channels(key) or (owner, key) in refused:
             continue
-        if plain(value) == given and isinstance(given, int) == isinstance(value, int):
+        if plain(value) == given and isinstance(new, int) == isinstance(value, int):
             return owner, key, like(new, value) if isinstance(value, int) else plain(new)
     # A product of an attribute with something that stays, such as batch times heads.
     if isinstance(given, int) and isinstance(new, int):

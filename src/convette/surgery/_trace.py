@@ -12,6 +12,7 @@ from torch.nn.modules import module as module_hooks
 
 from convette.errors import StructureError
 from convette.surgery import _rules
+from convette.surgery._edits import forget_caches
 from convette.surgery._graph import ChannelGraph
 from convette.surgery._labels import narrowed, normalised, varying
 from convette.surgery._sizes import Probe
@@ -96,6 +97,7 @@ def trace(model: nn.Module, example: Any) -> ChannelGraph:
 
     Cost: about three forward passes. Raises `StructureError` where the network does not run on the example.
     """
+    forget_caches(model)
     tracer = Tracer(model, _rules.table(), _rules.READS)
     with evaluating(model), running_modules(tracer):
         with tracer:
@@ -108,6 +110,7 @@ def trace(model: nn.Module, example: Any) -> ChannelGraph:
             for layer in value.layers:
                 tracer.store.freeze(layer, last)
         roots = settle(tracer)
+    forget_caches(model)
     return ChannelGraph(model, example, tracer.store, tracer.records, roots)
 
 

@@ -23,11 +23,16 @@ _HIDDEN = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{o
 
 
 class Value(NamedTuple):
-    """What is known of one tensor: its layers, whether it comes from parameters alone, and which call made it."""
+    """What is known of one tensor: its layers, whether it comes from parameters alone, and which call made it.
+
+    `blank` is the call that created it as zeros, ones or the like, -1 for any other: such a tensor belongs to nobody
+    until it meets something, and then takes the channels it meets.
+    """
 
     layers: Layers
     weight: bool
     call: int
+    blank: int = -1
 
 
 @dataclass(slots=True)
@@ -62,10 +67,14 @@ class Call:
 
 
 class Operand(NamedTuple):
-    """A value spread over a common shape: along which axes it has its full size, and its layers in that shape."""
+    """A value spread over a common shape: along which axes it has its full size, and its layers in that shape.
+
+    `blank` is set for a tensor of zeros or the like that meets channels here for the first time.
+    """
 
     full: tuple[bool, ...]
     layers: Layers
+    blank: "tuple[SizeCall, torch.Size] | None" = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,8 @@ class Scope:
     module: str
     axes: tuple[int, ...]
     layers: Layers
+    inputs: tuple[Layers, ...]
+    outputs: tuple[Layers, ...] = ()
 
 
 @dataclass
@@ -123,6 +134,19 @@ class Step:
 
     module: str
     source: int
+
+
+def _fill(item: "SizeCall", layers: list[Tensor], shape: torch.Size) -> None:
+    """Note that the blank tensor made by `item` holds the channels of `layers`."""
+    found = []
+    for layer in layers:
+        while layer.ndim > len(shape):
+            layer = layer.select(0, 0)
+        for axis, size in enumerate(shape):
+            layer = layer.narrow(axis, 0, 1) if size == 1 and layer.shape[axis] > 1 else layer
+        if varying(layer):
+            found.append(layer)
+    item.outputs = ((*item.outputs[0], *found),)
 
 
 def source_line() -> str:
@@ -147,6 +171,11 @@ def tensors_in(value: Any, found: list[Tensor]) -> list[Tensor]:
         for item in value.values():
             tensors_in(item, found)
     return found
+
+
+def numbers_in(args: Iterable[Any]) -> tuple[float, ...]:
+    """Return the Python numbers among the arguments of a call."""
+    return tuple(item for item in args if isinstance(item, int | float) and not isinstance(item, bool))
 
 
 def function_name(func: Any) -> str:
@@ -183,6 +212,8 @@ class Records:
     fixed: list[Fixed] = field(default_factory=list)
     whole_groups: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # module -> input labels, groups
     heads: dict[str, tuple[int, Tensor]] = field(default_factory=dict)  # nn.MultiheadAttention -> heads
+    scalars: dict[int, SizeCall] = field(default_factory=dict)  # calls given Python numbers
+    blanks: dict[int, SizeCall] = field(default_factory=dict)  # calls that create zeros, ones...
     uses: dict[int, int] = field(default_factory=dict)  # call -> how often its result was read
     steps: dict[int, Step] = field(default_factory=dict)  # calls that may be folded
 
@@ -301,8 +332,11 @@ class Tracer(TorchFunctionMode):
     def operand(self, tensor: Tensor, shape: Sequence[int]) -> Operand:
         """Spread the layers of `tensor` over the broadcast `shape`."""
         missing = len(shape) - tensor.ndim
+        value = self.value(tensor)
+        if value.blank >= 0 and value.blank in self.records.blanks:
+            return Operand((False,) * len(shape), (), (self.records.blanks[value.blank], tensor.shape))
         full = tuple(axis >= missing and tensor.shape[axis - missing] > 1 for axis in range(len(shape)))
-        return Operand(full, tuple(layer.expand(*shape) for layer in self.layers(tensor)))
+        return Operand(full, tuple(layer.expand(*shape) for layer in value.layers))
 
     def align(self, operands: Iterable[Operand], why: int) -> Layers:
         """State that operands of one shape exist element by element together; return the layers of the result."""
@@ -310,7 +344,7 @@ class Tracer(TorchFunctionMode):
         merged: list[Tensor] = []
         sources: list[set[int]] = []
         axes_of: list[list[set[int]]] = []
-        for number, (_, layers) in enumerate(operands):
+        for number, (_, layers, _) in enumerate(operands):
             axes_of.append([set(varying(layer)) for layer in layers])
             for layer, axes in zip(layers, axes_of[-1], strict=True):
                 if not axes:
@@ -327,13 +361,15 @@ class Tracer(TorchFunctionMode):
                     sources[j].add(number)
                     if len(axes) > len(varying(merged[j])):
                         merged[j] = layer
-        for (full, _), own in zip(operands, axes_of, strict=True):
+        for (full, _, blank), own in zip(operands, axes_of, strict=True):
             covered = set().union(*own) if own else set()
             bare = {axis for axis, is_full in enumerate(full) if is_full and axis not in covered}
             if bare:
                 for layer in merged:
                     if bare & set(varying(layer)):
                         self.store.freeze(layer, why)
+            if blank is not None:
+                _fill(blank[0], merged, blank[1])
         return tuple(merged)
 
     def reduced(self, layers: Layers, axes: Sequence[int], call: Call, scoped: bool = True) -> Layers:
@@ -360,7 +396,8 @@ class Tracer(TorchFunctionMode):
 
     def scope(self, call: Call, axes: tuple[int, ...], layers: Layers) -> None:
         """Note that `call` computes a statistic over the labelled `axes`."""
-        self.records.scopes.append(Scope(call.index, call.name, call.module, axes, layers))
+        inputs = tuple(self.layers(tensor) for tensor in tensors_in([call.args, call.kwargs], []))
+        self.records.scopes.append(Scope(call.index, call.name, call.module, axes, layers, inputs))
 
     def freeze(self, call: Call, tensors: Iterable[Tensor] | None = None) -> None:
         """Fix every channel of the tensors `call` reads and report it by name."""
@@ -371,12 +408,18 @@ class Tracer(TorchFunctionMode):
                     touched = True
                     self.store.freeze(layer, call.index)
         if touched:
-            self.records.frozen.append(FrozenOperator(call.name, call.module, source_line()))
+            self.report(call)
+
+    def report(self, call: Call) -> None:
+        """List `call` among the operators that fixed channels."""
+        self.records.frozen.append(FrozenOperator(call.name, call.module, source_line()))
 
     def sized(
         self, call: Call, kind: str, inputs: Layers, outputs: Sequence[Layers], axis: int = 0, given: Any = None
     ) -> None:
         """Note that `call` was given sizes that may have to change."""
+        if kind == "shape":
+            given = tuple(call.out.shape)
         self.records.sizes.append(
             SizeCall(
                 call.index,
@@ -423,14 +466,27 @@ class Tracer(TorchFunctionMode):
         for source in {value.call for value in inputs if value.call >= 0}:
             self.records.uses[source] = self.records.uses.get(source, 0) + 1
         if name in _FOLDABLE:
-            self._note_step(call, inputs)
+            self._note_step(call)
+        elif self.rules.get(name) is self.rules["add"]:
+            numbers = numbers_in(args)
+            if numbers:
+                item = SizeCall(index, name, call.module, "", "scalar", 0, numbers, (), (), seen)
+                self.records.scalars[index] = item
         rule = self.rules.get(name)
         if rule is None:
             if any(value.layers for value in inputs):
                 self.freeze(call)
             layers: Any = ()
-        elif not any(value.layers for value in inputs) and not getattr(rule, "creates", False):
+        elif rule is self.rules["zeros"]:
+            rule(self, call)
+            self.mark(results[0], Value((), weight, index, index))
+            return
+        elif not any(value.layers for value in inputs):
             layers = ()
+            blank = [value.blank for value in inputs]
+            if blank and min(blank) >= 0 and rule in (self.rules["add"], self.rules["clone"]):
+                self.mark(results[0], Value((), weight, index, blank[0]))
+                return
         else:
             layers = rule(self, call)
         if isinstance(layers, list):
@@ -439,8 +495,12 @@ class Tracer(TorchFunctionMode):
         else:
             for tensor in results:
                 self.mark(tensor, Value(layers, weight, index))
+        for scope in reversed(self.records.scopes):
+            if scope.call != index:
+                break
+            scope.outputs = tuple(self.layers(tensor) for tensor in results)
 
-    def _note_step(self, call: Call, inputs: list[Value]) -> None:
+    def _note_step(self, call: Call) -> None:
         position, key = (3, "weight") if call.name == "batch_norm" else (1, "weight")
         weight = call.argument(position, key)
         known = weight is None or self.parameters.get(id(weight)) == f"{call.module}.weight".lstrip(".")
