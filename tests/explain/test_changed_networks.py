@@ -7,6 +7,9 @@ from convette.explain import EigenCAM, GradCAM, explanation_drift
 from convette.models import create_model
 from convette.surgery import apply, fold, masked, trace
 
+# Untrained networks look at much the same places in all images.
+pytestmark = pytest.mark.filterwarnings("ignore::convette.explain.ExplanationWarning")
+
 
 @pytest.fixture(params=["resnet20", "timm:resnet18", "simplenet_cifar_310k"])
 def network(request):

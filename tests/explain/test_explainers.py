@@ -4,7 +4,6 @@ import copy
 import gc
 import importlib
 import os
-import warnings
 
 import psutil
 import pytest
@@ -16,7 +15,8 @@ from convette.errors import UsageError
 from convette.explain import EXPLAINERS, ExplanationWarning, GradCAM, eigen_cam, grad_cam, target_layer
 from convette.models import create_model
 
-warnings.simplefilter("ignore", ExplanationWarning)
+# Untrained networks look at much the same places in all images.
+pytestmark = pytest.mark.filterwarnings("ignore::convette.explain.ExplanationWarning")
 
 
 def make(name, *args, **kwargs):
