@@ -11,6 +11,8 @@ from convette.surgery._edits_json import edit_from_json
 from convette.surgery._file import Header, load_model, read_header, save_model
 from convette.surgery._fold import Fold, fold, fold_edits
 from convette.surgery._graph import ChannelGraph, Constraints, Group, Member, Selection
+from convette.surgery._grow import Grow, Scale
+from convette.surgery._growing import grow, ungrow
 from convette.surgery._log import ModelCard, Origin, StructureLog, card_of, set_card, set_origin, structure_log
 from convette.surgery._masked import masked
 from convette.surgery._trace import trace
@@ -23,12 +25,14 @@ __all__ = [
     "Fold",
     "FrozenOperator",
     "Group",
+    "Grow",
     "Header",
     "Member",
     "ModelCard",
     "Origin",
     "ParameterChange",
     "Rewrite",
+    "Scale",
     "Selection",
     "Shrink",
     "StructureChange",
@@ -38,6 +42,7 @@ __all__ = [
     "edit_from_json",
     "fold",
     "fold_edits",
+    "grow",
     "load_model",
     "masked",
     "read_header",
@@ -47,4 +52,5 @@ __all__ = [
     "set_origin",
     "structure_log",
     "trace",
+    "ungrow",
 ]

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from convette.errors import StructureError
-from convette.surgery._edits import Change, Edit, ParameterChange, Shrink, sliced
+from convette.surgery._edits import Added, Change, Edit, ParameterChange, Shrink, sliced
 from convette.surgery._log import structure_log
 from convette.surgery._trace import call, evaluating, outputs_of, trace
 
@@ -19,17 +20,27 @@ class StructureChange:
 
     parameters: dict[str, ParameterChange] = field(default_factory=dict)
     edits: tuple[Edit, ...] = ()
+    added: dict[str, Added] = field(default_factory=dict)
 
     def migrate_optimizer(self, optimizer: Optimizer) -> None:
         """Point `optimizer` at the new parameters and slice its state (momenta, averages) as they were sliced.
 
         State tensors of the old parameter's shape are sliced, others (step counts) kept. Parameters that are gone
-        leave the optimiser; ones that are new must be added with ``optimizer.add_param_group``.
+        leave the optimiser; ones that are new join the group of what they replace or stand beside.
         """
         by_old = {id(change.old): change for change in self.parameters.values()}
+        groups = {id(item): group for group in reversed(optimizer.param_groups) for item in group["params"]}
+        joining = [
+            (next((groups[id(near)] for near in item.beside if id(near) in groups), None), item.parameter)
+            for item in self.added.values()
+        ]
         for group in optimizer.param_groups:
             moved = [by_old[id(item)].new if id(item) in by_old else item for item in group["params"]]
             group["params"] = [item for item in moved if item is not None]
+        for group, parameter in joining:
+            # Beside nothing this optimiser trains: another one's business.
+            if group is not None and not any(parameter is item for item in group["params"]):
+                group["params"].append(parameter)
         for change in self.parameters.values():
             state = optimizer.state.pop(change.old, None)
             if state is not None and change.new is not None:
@@ -44,9 +55,19 @@ def _sliced_state(state: dict[str, Any], change: ParameterChange) -> dict[str, A
     result = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == change.old.shape and value.ndim:
-            result[key] = sliced(value, change.kept)
+            result[key] = _carried(value, change.kept)
         else:
             result[key] = value
+    return result
+
+
+def _carried(value: Tensor, kept: dict[int, Tensor]) -> Tensor:
+    """Return `value` at the kept indices; where an index is -1 (an entry without ancestor), zeros."""
+    result = sliced(value, {dim: index.clamp(min=0) for dim, index in kept.items()})
+    for dim, index in kept.items():
+        new = (index < 0).nonzero().view(-1)
+        if len(new):
+            result.index_fill_(dim, new.to(result.device), 0)
     return result
 
 
@@ -71,7 +92,8 @@ def apply(
             if before is not None:
                 _compare(before, _outputs(model, example), edit, tolerance)
             for name, part in change.parameters.items():
-                _merge(result.parameters, name, part)
+                _merge(result, name, part)
+            result.added.update(change.added)
     except BaseException:
         for change in reversed(done):
             change.revert()
@@ -80,15 +102,22 @@ def apply(
     return result
 
 
-def _merge(parameters: dict[str, ParameterChange], name: str, part: ParameterChange) -> None:
-    earlier = parameters.get(name)
-    if earlier is None:
-        parameters[name] = part
+def _merge(result: StructureChange, name: str, part: ParameterChange) -> None:
+    added = result.added.get(name)
+    if added is not None and added.parameter is part.old:
+        # Made by an earlier of these edits: nobody outside has seen it yet.
+        del result.added[name]
+        if isinstance(part.new, nn.Parameter):
+            result.added[name] = Added(part.new, added.beside)
+        return
+    earlier = result.parameters.get(name)
+    if earlier is None or earlier.new is not part.old:
+        result.parameters[name] = part
         return
     kept = dict(earlier.kept)
     for dim, index in part.kept.items():
-        kept[dim] = kept[dim][index] if dim in kept else index
-    parameters[name] = ParameterChange(earlier.old, part.new, kept)
+        kept[dim] = torch.where(index < 0, index, kept[dim][index.clamp(min=0)]) if dim in kept else index
+    result.parameters[name] = ParameterChange(earlier.old, part.new, kept)
 
 
 def replay(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
@@ -115,6 +144,8 @@ def _expected(model: nn.Module, edit: Edit, example: Any) -> list[Tensor]:
 def _compare(before: list[Tensor], after: list[Tensor], edit: Edit, tolerance: float) -> None:
     if len(before) != len(after) or any(a.shape != b.shape for a, b in zip(before, after, strict=True)):
         raise StructureError(f"the {edit.kind} edit changes the shape of the network's output.")
+    if not getattr(edit, "preserves", True):
+        return  # An edit meant to change what the network computes proves its shapes.
     for a, b in zip(before, after, strict=True):
         error = relative_error(a, b)
         if not error <= tolerance:

@@ -13,7 +13,10 @@ from convette.errors import FileFormatError, StructureError
 
 @dataclass
 class ParameterChange:
-    """One parameter before and after an edit (None: gone); `kept` maps shrunk dimensions to the indices that stayed."""
+    """One parameter before and after an edit (None: gone).
+
+    `kept` maps changed dimensions to the old index behind each new one (-1: an entry without ancestor).
+    """
 
     old: Tensor
     new: Tensor | None
@@ -21,10 +24,19 @@ class ParameterChange:
 
 
 @dataclass
+class Added:
+    """A parameter an edit brought in, and those it stands beside, nearest first: optimisers train it with them."""
+
+    parameter: nn.Parameter
+    beside: tuple[Tensor, ...]
+
+
+@dataclass
 class Change:
     """What an edit did to a model, and how to take it back."""
 
     parameters: dict[str, ParameterChange] = field(default_factory=dict)
+    added: dict[str, Added] = field(default_factory=dict)
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def revert(self) -> None:
@@ -64,7 +76,7 @@ class Rewrite:
     function: str
     occurrence: int
     kind: str
-    sizes: tuple[tuple[float, ...], ...]
+    sizes: tuple[tuple[int | float, ...], ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the rewrite as a JSON object."""
@@ -183,7 +195,7 @@ def _from_runs(runs: list[list[int]]) -> tuple[int, ...]:
     return tuple(result)
 
 
-def _number(value: Any) -> float:
+def _number(value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"not a number: {value!r}")
     return value

@@ -5,8 +5,14 @@ from typing import Any
 from convette.errors import FileFormatError, did_you_mean
 from convette.surgery._edits import Edit, Shrink
 from convette.surgery._fold import Fold
+from convette.surgery._grow import Grow, Scale
 
-_KINDS = {Shrink.kind: Shrink.from_json, Fold.kind: Fold.from_json}
+_KINDS = {
+    Shrink.kind: Shrink.from_json,
+    Fold.kind: Fold.from_json,
+    Grow.kind: Grow.from_json,
+    Scale.kind: Scale.from_json,
+}
 
 
 def edit_from_json(value: Any) -> Edit:

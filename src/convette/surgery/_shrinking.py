@@ -1,6 +1,7 @@
 """From a set of kept labels to the `Shrink` edit: parameters, module attributes, sizes written in Python."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def _follows_from_class(model: nn.Module, item: SizeCall) -> bool:
 
 
 def _static_attributes(
-    model: nn.Module, kept: Mapping[tuple[str, int], tuple[int, ...]], groups: Mapping[str, int]
+    model: nn.Module, kept: Mapping[tuple[str, int], Sequence[int]], groups: Mapping[str, int]
 ) -> tuple[Attributes, tuple[str, ...]]:
     touched: dict[str, dict[str, dict[int, int]]] = {}
     for (name, dim), indices in kept.items():
@@ -127,7 +128,7 @@ def _shared_owners(
 # Sizes in Python ------------------------------------------------------------------------------------------------------
 
 
-def _probed(graph: ChannelGraph, edit: Shrink, items: Mapping[int, tuple[SizeCall, Any]]) -> Shrink:
+def _probed(graph: ChannelGraph, edit: Any, items: Mapping[int, tuple[SizeCall, Any]]) -> Any:
     """Run the shrunk network beside the trace; set the attributes that hold wrong sizes, rewrite what no attribute
     holds."""
     model = graph.model
@@ -135,7 +136,7 @@ def _probed(graph: ChannelGraph, edit: Shrink, items: Mapping[int, tuple[SizeCal
     refused: set[tuple[str, str]] = set()
     rewrites: dict[tuple[str, str, int], Rewrite] = {}
     for attempt in range(_ROUNDS):
-        trial = Shrink(edit.kept, attributes, edit.free_heads, tuple(rewrites.values()))
+        trial = dataclasses.replace(edit, attributes=attributes, rewrites=tuple(rewrites.values()))
         mismatches = _run(graph, trial, items)
         if not mismatches:
             return trial
@@ -166,7 +167,7 @@ def _probed(graph: ChannelGraph, edit: Shrink, items: Mapping[int, tuple[SizeCal
     )
 
 
-def _run(graph: ChannelGraph, trial: Shrink, items: Mapping[int, tuple[SizeCall, Any]]) -> list[Mismatch]:
+def _run(graph: ChannelGraph, trial: Any, items: Mapping[int, tuple[SizeCall, Any]]) -> list[Mismatch]:
     from convette.surgery import _rules
     from convette.surgery._trace import call, evaluating, running_modules
 
@@ -182,7 +183,7 @@ def _run(graph: ChannelGraph, trial: Shrink, items: Mapping[int, tuple[SizeCall,
     except Exception as error:
         where = probe.calls[probe.index] if probe.index < len(probe.calls) else ("?", "?")
         raise StructureError(
-            f"the network does not run once it is narrower: {where[0]} in {probe.stack[-1] or 'the model'}: "
+            f"the network does not run at its new width: {where[0]} in {probe.stack[-1] or 'the model'}: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
     finally:
