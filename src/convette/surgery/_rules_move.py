@@ -180,7 +180,8 @@ def getitem(tracer: Tracer, call: Call) -> Layers:
             start, stop, step = item.indices(size)
             if touched and step != 1:
                 gathers.append((axis, item))
-            elif touched and (start, stop) != (0, size):
+            # A whole span with its end written out is one when the axis grows.
+            elif touched and ((start, stop) != (0, size) or item.stop is not None):
                 spans.append((axis, start, stop))
         elif isinstance(item, int) and not isinstance(item, bool):
             if touched:
