@@ -81,13 +81,13 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_weights(undisturbed, tmp
     command = [sys.executable, "-m", "convette", "fit", "--recipe", str(recipe), "--out", str(run_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # In these the process is killed late, with work of the stage done; in the others as soon as they begin.
-    begun = {"train": "checkpoint/*", "compress": "checkpoint/*"}
+    begun = {"train": "train/checkpoint/*", "compress": "compress/checkpoint/*"}
     killed = []
     for stage in ("model", "train", "compress", "quantize", "export", "verify", "explain", "report"):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            if list((run_dir / stage).glob(begun.get(stage, ""))) or (run_dir / stage / "result.json").exists():
+            if list(run_dir.glob(begun.get(stage, stage))) or (run_dir / stage / "result.json").exists():
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.005)
@@ -127,5 +127,5 @@ def test_train_runs_without_a_budget_and_can_be_loaded(tmp_path):
     model = convette.load(result.files["model"])
     accuracy = convette.evaluate(model, data.test, data.preprocessing).accuracy
     assert accuracy == pytest.approx(result["accuracy"])
-    with pytest.raises(UsageError, match="to do|begun with"):
+    with pytest.raises(UsageError, match="begun with"):
         fit(recipe=build_recipe({"train": {"epochs": 2}, "run": {"device": "cpu"}}), out=tmp_path / "run")

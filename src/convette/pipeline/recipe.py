@@ -46,11 +46,11 @@ class DataSection(Section):
     """`[data]`: where the images come from (`convette.load_data`); `mean`, `std`: found by looking unless given."""
 
     source: str = "digits"
-    image_size: int | None = Field(None, ge=1)
+    image_size: int | None = Field(default=None, ge=1)
     channels: Literal[1, 3] | None = None
-    validation_fraction: float = Field(0.1, gt=0, lt=1)
-    test_fraction: float = Field(0.2, gt=0, lt=1)
-    max_bad: float = Field(0.01, ge=0, le=1)
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    max_bad: float = Field(default=0.01, ge=0, le=1)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     seed: int = 0
@@ -83,14 +83,14 @@ class ExportSection(Section):
     """`[export]`: which deployable files to write, besides the `.safetensors`."""
 
     formats: tuple[Literal["onnx", "openvino"], ...] = ("onnx", "openvino")
-    verify_images: int = Field(512, ge=256)
+    verify_images: int = Field(default=512, ge=256)
 
 
 class ExplainSection(Section):
     """`[explain]`: class-activation maps of test images before and after (`images` right and as many wrong ones)."""
 
     method: Literal["eigen_cam", "grad_cam", "off"] = "eigen_cam"
-    images: int = Field(6, ge=1, le=64)
+    images: int = Field(default=6, ge=1, le=64)
 
 
 class ReportSection(Section):
@@ -307,11 +307,12 @@ def _explained(
         return UsageError(
             f"{place}no key {location[1]!r} in [{section}].{did_you_mean(location[1], _keys_of(section))}"
         )
-    if isinstance(first.get("ctx", {}).get("error"), Exception):
-        return UsageError(f"{place}{first['ctx']['error']}")
+    context = first.get("ctx", {})
+    if isinstance(context.get("error"), Exception):
+        return UsageError(f"{place}{context['error']}")
     message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "literal_error":
-        options = [option.strip("'") for option in first["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        options = [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")]
         message = f"not one of {', '.join(options)}.{did_you_mean(str(first['input']), options)}"
     return UsageError(f"{place}{'.'.join(key)} = {first['input']!r}: {message.rstrip('.')}.")
 

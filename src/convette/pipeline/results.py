@@ -14,6 +14,8 @@ from convette.errors import UsageError
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
 FORMAT = 1
+Unit = Literal["share", "count", "bytes", "ms"]
+FileFormat = Literal["convette", "onnx", "openvino"]
 
 
 class Part(BaseModel):
@@ -75,7 +77,7 @@ class DataResult(StageResult):
     height: int
     width: int
     preprocessing: dict[str, Any]
-    splits: dict[Literal["train", "validation", "test"], SplitSummary]
+    splits: dict[str, SplitSummary]
     bad: list[BadFile]
     notes: list[str]
     samples: str = "samples.npz"
@@ -179,7 +181,7 @@ class ExportedFile(Part):
     """A deployable file, relative to the run folder."""
 
     file: str
-    format: Literal["convette", "onnx", "openvino"]
+    format: FileFormat
     precision: str
     bytes: int
     recommended: bool = False
@@ -264,7 +266,7 @@ class Row(Part):
 
     key: str
     label: str
-    unit: Literal["share", "count", "bytes", "ms"]
+    unit: Unit
     before: float
     after: float
     budget: float | None = None

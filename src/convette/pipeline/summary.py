@@ -9,12 +9,17 @@ from convette.pipeline.results import (
     QuantizationResult,
     Row,
     Summary,
+    Unit,
     VerifyResult,
     read_result,
     read_run,
 )
 
-_LABELS = {"macs": ("MACs", "count"), "parameters": ("Parameters", "count"), "size": ("Size of the weights", "bytes")}
+_LABELS: dict[str, tuple[str, Unit]] = {
+    "macs": ("MACs", "count"),
+    "parameters": ("Parameters", "count"),
+    "size": ("Size of the weights", "bytes"),
+}
 _FORMATS = {"count": format_count, "bytes": format_bytes, "ms": format_milliseconds}
 
 
@@ -63,7 +68,10 @@ def _deployed_accuracy(run_dir: Path, verified: VerifyResult) -> float:
 
 
 def table(summary: Summary) -> str:
-    """Return the before / after / budget table as text."""
+    """Return the before / after / budget table as text; a run that only trained has just one column of figures."""
+    if all(row.before == row.after and row.budget is None for row in summary.rows):
+        width = max(len(row.label) for row in summary.rows)
+        return "\n".join(f"{row.label.ljust(width)}  {format_value(row, row.after)}" for row in summary.rows)
     lines = [("", "before", "after", "change", "budget")]
     for row in summary.rows:
         budget = ""
@@ -101,7 +109,7 @@ def _keys(cost: Cost, limited: list[str]) -> list[str]:
     return keys
 
 
-def _label(key: str) -> tuple[str, str]:
+def _label(key: str) -> tuple[str, Unit]:
     if key in _LABELS:
         return _LABELS[key]
     if key == "memory":

@@ -1,5 +1,6 @@
 """Stage explain: where the networks looked, on test images they got right and wrong, and how far that drifted."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,15 @@ from torch import Tensor, nn
 
 from convette._files import replacing
 from convette._progress import note
-from convette.explain import EigenCAM, Explanation, GradCAM, explanation_drift, rank_correlation, target_layer
+from convette.explain import (
+    EigenCAM,
+    Explanation,
+    ExplanationWarning,
+    GradCAM,
+    explanation_drift,
+    rank_correlation,
+    target_layer,
+)
 from convette.pipeline._run import Run, Stage
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import ExplainedImage, ExplainResult
@@ -84,4 +93,15 @@ def _left_out(recipe: Recipe) -> str | None:
     return "explain.method is off" if recipe.explain.method == "off" else None
 
 
-STAGE = Stage("explain", explain, _left_out)
+def _noted(run: Run, folder: Path) -> ExplainResult:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ExplanationWarning)
+        result = explain(run, folder)
+    # What a map does not say is worth a line, once, without the place in the code.
+    for text in dict.fromkeys(str(one.message) for one in caught if one.category is ExplanationWarning):
+        note(f"explain: {text}")
+        break
+    return result
+
+
+STAGE = Stage("explain", _noted, _left_out)

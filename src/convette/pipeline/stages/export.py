@@ -8,7 +8,7 @@ from convette._files import replacing
 from convette._progress import note
 from convette.cost import format_bytes
 from convette.pipeline._run import MODEL_FILE, Run, Stage
-from convette.pipeline.results import ExportedFile, ExportResult, QuantizationResult, read_result
+from convette.pipeline.results import ExportedFile, ExportResult, FileFormat, QuantizationResult, read_result
 from convette.runtime import export, exported_size
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
@@ -44,7 +44,7 @@ def _recommend(files: list[ExportedFile], quantized: QuantizationResult | None) 
     return [file.model_copy(update={"recommended": i == best}) for i, file in enumerate(files)]
 
 
-def _described(run: Run, path: Path, form: str, precision: str) -> ExportedFile:
+def _described(run: Run, path: Path, form: FileFormat, precision: str) -> ExportedFile:
     size = path.stat().st_size if form == "convette" else exported_size(path)
     return ExportedFile(file=str(path.relative_to(run.path)), format=form, precision=precision, bytes=size)
 
