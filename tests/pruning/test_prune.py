@@ -7,7 +7,7 @@ from torch import nn
 from convette.cost import count
 from convette.data import load_data
 from convette.errors import BudgetError, FileFormatError, StructureError, UsageError
-from convette.pruning import ALLOCATIONS, CRITERIA, PruneSettings, prune
+from convette.pruning import ALLOCATIONS, CRITERIA, PruneSettings, check_budget, prune
 from convette.pruning import _run as run_module
 from convette.runtime import Latency
 from convette.surgery import card_of, structure_log
@@ -120,6 +120,18 @@ def test_out_of_reach_is_said_before_anything_is_cut(network, example, budget):
         prune(network, example, budget, bare(), measure=latency_by_macs)
     assert caught.value.exit_code == 4
     assert budget.split("<")[0] in str(caught.value) or "latency" in str(caught.value)
+
+
+def test_the_smallest_cost_is_told_beforehand(network, small, digits, example):
+    smallest = check_budget(network, example, "macs<=50%, latency<=90%", PruneSettings(), measure=latency_by_macs)
+    assert smallest.macs < 0.1 * count(network, example).macs
+    assert smallest.get("latency") < 0.5
+    floor = check_budget(network, example, "macs<=90%", PruneSettings(min_fraction=0.5))
+    with pytest.raises(BudgetError, match="at the least"):
+        check_budget(network, example, f"macs<={(floor.macs - 1) / 1000}K", PruneSettings(min_fraction=0.5))
+    result = prune(network, example, f"macs<={floor.macs / 1000}K", bare(min_fraction=0.5, criterion="l2"))
+    assert result.end.macs == floor.macs
+    assert check_budget(small, digits, "macs<=50%", PruneSettings(criterion="taylor", allocation="per_layer")).macs > 0
 
 
 @pytest.mark.parametrize("budget", ["latency<=60%", "latency<=1.5ms", "latency.p95<=60%@eager:cpu"])

@@ -112,6 +112,11 @@ class Run:
         self.store.save(network, self.edits_before, self.step, False, self.facts(network))
         return self.repair(network, began)
 
+    def check(self) -> Cost:
+        """Return the cost of the smallest network; `BudgetError` if the budget cannot be reached."""
+        candidate = prepare_candidate(self.parent, self.example, self.minimum, self.settings, self.calibration(), 0)
+        return check_reachable(candidate, self.budget, self.start, self.measured)
+
     def decide(self, network: nn.Module) -> dict[str, Any]:
         """Choose the units that stay at this step: ``{"selection": {group: units}, "cap": MACs or None}``."""
         calibration = self.calibration()
@@ -240,7 +245,7 @@ class Run:
 
 def prepare_run(
     model: nn.Module,
-    data: ImageData | Tensor | tuple | dict,
+    data: ImageData | Tensor | tuple | list | dict,
     budget: Budget | str,
     settings: PruneSettings,
     train_settings: TrainSettings | None,

@@ -33,9 +33,9 @@ class GradualPruning(Method):
 
     Args:
         budget: limits on macs, parameters or size (of one image), absolute or relative to the start of the training.
-        criterion, criterion_options, allocation, multiple_of, min_fraction, seed: as in `PruneSettings`; the allocation
-        is
-            "global" or "uniform".
+        criterion, criterion_options, multiple_of, min_fraction, seed: as in `PruneSettings`.
+        allocation: "global" or "uniform".
+        begin, end, times: when, see above.
         calibration: batches of (images, labels), ready for the network, for the criteria that need them.
 
     Costs a trace and a scoring at each cut; steps become cheaper as the network does. Raises `BudgetError` at the first

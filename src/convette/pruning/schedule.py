@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from convette.cost import Budget, Cost
 from convette.data import ImageData
-from convette.pruning._candidate import check_reachable, prepare_candidate
 from convette.pruning._measured import Measure, measure_latencies
 from convette.pruning._run import prepare_run
+from convette.pruning.criteria import NEED_DATA
 from convette.pruning.result import PruneResult
 from convette.pruning.settings import PruneSettings
 from convette.training import TrainSettings, resolve_device, start_distributed
@@ -18,7 +18,7 @@ from convette.training import TrainSettings, resolve_device, start_distributed
 
 def prune(
     model: nn.Module,
-    data: ImageData | Tensor | tuple | dict,
+    data: ImageData | Tensor | tuple | list | dict,
     budget: Budget | str,
     settings: PruneSettings | None = None,
     *,
@@ -42,15 +42,13 @@ def prune(
     Args:
         model: any network that `convette.surgery.trace` can read; it is left as it is.
         data: a data set, or only an example input (tensor, tuple of arguments, dict of keywords), which leaves out
-        recovery and
-            accuracies and needs ``epochs=0`` and a criterion and allocation that work without data.
+            recovery and accuracies and needs ``epochs=0`` and a criterion and allocation that work without data.
         budget: limits on macs, parameters, size, memory or latency; relative ones are relative to `model`.
         settings: the choices; by default `PruneSettings()`.
         train_settings: of the recovery, apart from the number of epochs; by default `convette.pruning.RECOVERY`.
         measure: what measures latencies: ``(networks by name, example, engine) -> latencies by name``.
         checkpoint_dir: keeps the state after every cut and every step; a run that finds its own state there goes on
-        from
-            it and ends with the same weights (bit for bit on one CPU thread, latency limits aside).
+            from it and ends with the same weights (bit for bit on one CPU thread, latency limits aside).
         device: for scoring, recovery and accuracy; latency is measured where the limit says.
 
     Under torchrun rank 0 decides what goes, all ranks cut alike. Costs, per step: scoring, some hundred cost
@@ -76,20 +74,21 @@ def prune(
 
 def check_budget(
     model: nn.Module,
-    data: ImageData,
+    data: ImageData | Tensor | tuple | list | dict,
     budget: Budget | str,
     settings: PruneSettings | None = None,
     *,
     measure: Measure = measure_latencies,
 ) -> Cost:
-    """Return the cost of the thinnest network that `prune` can reach from `model`, without training anything.
+    """Return the smallest cost that `prune` with these settings can reach; `model` need not be trained for it.
 
-    Latencies that the budget limits are measured, interleaved with `model`. Raises `BudgetError`, naming that cost, if
-    not even the thinnest network meets `budget`.
+    Its latency is measured where the budget limits one. Raises `BudgetError`, naming that cost, if it does not meet
+    `budget`. Costs a trace, a cut of a copy, and a measurement for each engine of the budget.
     """
     settings = settings or PruneSettings()
-    run = prepare_run(model, data, budget, settings, None, measure, None, torch.device("cpu"))
-    # How thin it can get does not depend on what units are worth, so the cheapest criterion will do.
-    plain = replace(settings, criterion="l1", criterion_options={})
-    candidate = prepare_candidate(run.parent, run.example, run.minimum, plain, [], 0)
-    return check_reachable(candidate, run.budget, run.start, run.measured)
+    # How far a group can shrink depends on the criterion only where it scores some groups and not others.
+    criterion = "random" if settings.criterion in NEED_DATA else settings.criterion
+    options = {} if criterion != settings.criterion else settings.criterion_options
+    plain = replace(settings, criterion=criterion, criterion_options=options, allocation="global", epochs=0)
+    run = prepare_run(model, data, budget, plain, None, measure, None, torch.device("cpu"))
+    return run.check()
