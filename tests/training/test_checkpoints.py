@@ -75,7 +75,9 @@ def test_ctrl_c_writes_a_checkpoint_and_the_handlers_come_back(data, make_networ
 
 def test_the_log_of_a_resumed_run_has_every_epoch_once(data, make_network, tmp_path):
     with pytest.raises(InterruptedRun):
-        train(make_network(), data, SETTINGS, methods=[StopAt(4)], checkpoint_dir=tmp_path / "c", log_dir=tmp_path / "l")
+        train(
+            make_network(), data, SETTINGS, methods=[StopAt(4)], checkpoint_dir=tmp_path / "c", log_dir=tmp_path / "l"
+        )
     train(make_network(), data, SETTINGS, methods=[StopAt(-1)], checkpoint_dir=tmp_path / "c", log_dir=tmp_path / "l")
     assert (tmp_path / "l" / "log.csv").read_text().count("\ntrain,") == 3
     assert '"event": "resumed", "step": 5' in (tmp_path / "l" / "log.jsonl").read_text()
@@ -139,7 +141,10 @@ def test_kill_9_while_writing_leaves_the_previous_one_loadable(data, make_networ
     script.write_text(textwrap.dedent(KILLED))
     folder = tmp_path / "checkpoints"
     done = subprocess.run(
-        [sys.executable, str(script), str(Path(__file__).parent), str(folder)], capture_output=True, text=True, check=False
+        [sys.executable, str(script), str(Path(__file__).parent), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(list(folder.glob(".checkpoint-*"))) == 1  # the half-written one
