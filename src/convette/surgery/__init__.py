@@ -6,6 +6,9 @@ where it came from, what was done to it, and its tensors: one ``.safetensors`` f
 """
 
 from convette.surgery._apply import StructureChange, apply, replay
+from convette.surgery._constructing import trusting
+from convette.surgery._convert import Convert
+from convette.surgery._converting import Replacement, convert, convert_edits
 from convette.surgery._edits import Edit, ParameterChange, Rewrite, Shrink
 from convette.surgery._edits_json import edit_from_json
 from convette.surgery._file import Header, load_model, read_header, save_model
@@ -21,6 +24,7 @@ from convette.surgery._tracer import FrozenOperator
 __all__ = [
     "ChannelGraph",
     "Constraints",
+    "Convert",
     "Edit",
     "Fold",
     "FrozenOperator",
@@ -31,6 +35,7 @@ __all__ = [
     "ModelCard",
     "Origin",
     "ParameterChange",
+    "Replacement",
     "Rewrite",
     "Scale",
     "Selection",
@@ -39,6 +44,8 @@ __all__ = [
     "StructureLog",
     "apply",
     "card_of",
+    "convert",
+    "convert_edits",
     "edit_from_json",
     "fold",
     "fold_edits",
@@ -52,5 +59,6 @@ __all__ = [
     "set_origin",
     "structure_log",
     "trace",
+    "trusting",
     "ungrow",
 ]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from convette.errors import StructureError
 from convette.surgery._edits import Added, Change, Edit, ParameterChange, Shrink, sliced
 from convette.surgery._log import structure_log
-from convette.surgery._trace import call, evaluating, outputs_of, trace
+from convette.surgery._trace import evaluating, outputs_of, run, trace
 
 
 @dataclass
@@ -128,7 +128,7 @@ def replay(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     with evaluating(model):
-        return [tensor.clone() for tensor in outputs_of(call(model, example), []) if tensor.is_floating_point()]
+        return [tensor.clone() for tensor in outputs_of(run(model, example), []) if tensor.is_floating_point()]
 
 
 def _expected(model: nn.Module, edit: Edit, example: Any) -> list[Tensor]:

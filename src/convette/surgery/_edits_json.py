@@ -3,6 +3,7 @@
 from typing import Any
 
 from convette.errors import FileFormatError, did_you_mean
+from convette.surgery._convert import Convert
 from convette.surgery._edits import Edit, Shrink
 from convette.surgery._fold import Fold
 from convette.surgery._grow import Grow, Scale
@@ -12,6 +13,7 @@ _KINDS = {
     Fold.kind: Fold.from_json,
     Grow.kind: Grow.from_json,
     Scale.kind: Scale.from_json,
+    Convert.kind: Convert.from_json,
 }
 
 

@@ -14,7 +14,7 @@ from convette.errors import StructureError
 from convette.surgery._edits import Change, Rewrite, find_module
 from convette.surgery._tracer import family, function_name, numbers_in
 
-Sizes = tuple[tuple[int, ...], ...]
+Sizes = tuple[tuple[int | float, ...], ...]
 _REWRITES = "_convette_rewrites"
 
 

@@ -237,11 +237,24 @@ def setitem(tracer: Tracer, call: Call) -> Layers:
         full = tracer.operand(new, shape).full
     whole = tuple(size > 1 for size in shape)
     tracer.align([Operand(whole, region), Operand(full, new_layers)], call.index)
+    _note_spans(tracer, call, target, index)
     if not tracer.layers(target) and new_layers:
         # Written into a tensor nobody labelled: what was written stays whole.
         for layer in new_layers:
             tracer.store.freeze(layer, call.index)
     return tracer.layers(target)
+
+
+def _note_spans(tracer: Tracer, call: Call, target: Tensor, index: Any) -> None:
+    inputs, spans, axis = tracer.layers(target), [], 0
+    for item in index_items(index, target.ndim):
+        if isinstance(item, slice) and any(axis in varying(layer) for layer in inputs):
+            start, stop, _ = item.indices(target.shape[axis])
+            if (start, stop) != (0, target.shape[axis]):
+                spans.append((axis, start, stop))
+        axis += _axes_used(item)
+    if spans:
+        tracer.sized(call, "slice", inputs, [], 0, spans)
 
 
 def index_select(tracer: Tracer, call: Call) -> Layers:

@@ -36,7 +36,8 @@ def shrink_edit(graph: ChannelGraph, keep: Tensor) -> Shrink:
         sizes = expectation.sizes(item)
         if sizes is not None:
             items[item.call] = (item, sizes)
-    return _probed(graph, edit, items) if items and edit.kept else edit
+    needed = items or graph.records.unseen
+    return _probed(graph, edit, items) if needed and edit.kept else edit
 
 
 def _kept_indices(graph: ChannelGraph, keep: Tensor) -> dict[tuple[str, int], tuple[int, ...]]:
@@ -143,6 +144,7 @@ def _probed(graph: ChannelGraph, edit: Any, items: Mapping[int, tuple[SizeCall, 
         if attempt:
             # An attribute that did not put all of its module's calls right is left alone.
             _withdraw(mismatches, attributes, edit.attributes, refused, rewrites)
+        now: dict[tuple[str, str, int], Any] = {}
         by_module: dict[str, list[Mismatch]] = {}
         for mismatch in mismatches:
             by_module.setdefault(mismatch.item.module, []).append(mismatch)
@@ -154,17 +156,23 @@ def _probed(graph: ChannelGraph, edit: Any, items: Mapping[int, tuple[SizeCall, 
                 if attempt or not all(_literal_key(pair) in held for pair in mismatch.literals):
                     item = mismatch.item
                     place = (item.module, family(item.name), item.occurrence)
-                    sizes = mismatch.expected
-                    if place in rewrites and rewrites[place].sizes != sizes:
+                    sizes: Any = mismatch.expected
+                    if now.setdefault(place, sizes) != sizes:
                         raise StructureError(
                             f"{item.name} in {item.module or 'the model'} ({item.where}) would need other sizes each "
                             "time the module runs; keep those channels."
                         )
+                    if place in rewrites and item.kind == "shape":
+                        sizes = tuple(sorted({**dict(_pairs(rewrites[place])), **dict(sizes)}.items()))
                     rewrites[place] = Rewrite(*place, item.kind, sizes)
     item = mismatches[0].item
     raise StructureError(
         f"{item.name} in {item.module or 'the model'} ({item.where}) holds a size that could not be changed."
     )
+
+
+def _pairs(rewrite: Rewrite) -> Any:
+    return rewrite.sizes
 
 
 def _run(graph: ChannelGraph, trial: Any, items: Mapping[int, tuple[SizeCall, Any]]) -> list[Mismatch]:

@@ -11,7 +11,7 @@ from convette.surgery._labels import narrowed, normalised, varying
 from convette.surgery._rewrites import given_sizes, rewritten
 from convette.surgery._tracer import Layers, SizeCall, family, function_name, source_line, tensors_in
 
-Sizes = tuple[tuple[int, ...], ...]
+Sizes = tuple[tuple[int | float, ...], ...]
 
 
 class Expectation:

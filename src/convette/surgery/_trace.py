@@ -100,8 +100,9 @@ def trace(model: nn.Module, example: Any) -> ChannelGraph:
     forget_caches(model)
     tracer = Tracer(model, _rules.table(), _rules.READS)
     with evaluating(model), running_modules(tracer):
+        tracer.known.update(id(tensor) for tensor in outputs_of(example, []))
         with tracer:
-            output = _run(model, example)
+            output = run(model, example)
         last = len(tracer.records.calls)
         tracer.records.calls.append(("output", ""))
         for tensor in outputs_of(output, []):
@@ -114,7 +115,8 @@ def trace(model: nn.Module, example: Any) -> ChannelGraph:
     return ChannelGraph(model, example, tracer.store, tracer.records, roots)
 
 
-def _run(model: nn.Module, example: Any) -> Any:
+def run(model: nn.Module, example: Any) -> Any:
+    """Call `model` on an example; raises `StructureError` where it does not run."""
     try:
         return call(model, example)
     except StructureError:

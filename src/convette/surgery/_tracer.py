@@ -173,7 +173,7 @@ def tensors_in(value: Any, found: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def numbers_in(args: Iterable[Any]) -> tuple[float, ...]:
+def numbers_in(args: Iterable[Any]) -> tuple[int | float, ...]:
     """Return the Python numbers among the arguments of a call."""
     return tuple(item for item in args if isinstance(item, int | float) and not isinstance(item, bool))
 
@@ -213,6 +213,7 @@ class Records:
     whole_groups: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # module -> input labels, groups
     heads: dict[str, tuple[int, Tensor]] = field(default_factory=dict)  # nn.MultiheadAttention -> heads
     scalars: dict[int, SizeCall] = field(default_factory=dict)  # calls given Python numbers
+    unseen: set[str] = field(default_factory=set)  # modules that read tensors nobody saw being made
     blanks: dict[int, SizeCall] = field(default_factory=dict)  # calls that create zeros, ones...
     uses: dict[int, int] = field(default_factory=dict)  # call -> how often its result was read
     steps: dict[int, Step] = field(default_factory=dict)  # calls that may be folded
@@ -239,6 +240,7 @@ class Tracer(TorchFunctionMode):
                 self.parameters[id(tensor)] = name
                 self.held.append(tensor)
         self._names: dict[Any, str] = {}
+        self.known = {id(tensor) for tensor in _kept_tensors(model)}
 
     # Values ----------------------------------------------------------------------------------------------------------
 
@@ -249,6 +251,10 @@ class Tracer(TorchFunctionMode):
             return tag[1]
         if id(tensor) in self.parameters:
             return Value(self.parameter_layers(tensor), True, -1)
+        if id(tensor) not in self.known:
+            # Made by something that is no PyTorch function (a compiled one, NumPy): a constant as far as one can see,
+            # so that edits of this network are always tried by running it.
+            self.records.unseen.add(self.stack[-1])
         return Value((), True, -1)
 
     def mark(self, tensor: Tensor, value: Value) -> None:
@@ -445,6 +451,8 @@ class Tracer(TorchFunctionMode):
             name = self._names[func] = function_name(func)
         out = func(*args, **kwargs)
         if name in self.reads:
+            if isinstance(out, Tensor):
+                self.mark(out, _CONSTANT)
             return out
         results = [out] if isinstance(out, Tensor) else tensors_in(out, [])
         if not results:
@@ -476,29 +484,43 @@ class Tracer(TorchFunctionMode):
         if rule is None:
             if any(value.layers for value in inputs):
                 self.freeze(call)
-            layers: Any = ()
+            layers: list[Layers] = []
         elif rule is self.rules["zeros"]:
             rule(self, call)
             self.mark(results[0], Value((), weight, index, index))
             return
         elif not any(value.layers for value in inputs):
-            layers = ()
+            layers = []
             blank = [value.blank for value in inputs]
             if blank and min(blank) >= 0 and rule in (self.rules["add"], self.rules["clone"]):
                 self.mark(results[0], Value((), weight, index, blank[0]))
                 return
         else:
-            layers = rule(self, call)
-        if isinstance(layers, list):
-            for tensor, one in zip(results, layers, strict=True):
-                self.mark(tensor, Value(one, weight, index))
-        else:
+            layers = self._ruled(rule, call, results)
+        for tensor, one in zip(results, layers, strict=True) if layers else ():
+            self.mark(tensor, Value(one, weight, index))
+        if not layers:
             for tensor in results:
-                self.mark(tensor, Value(layers, weight, index))
+                self.mark(tensor, Value((), weight, index))
         for scope in reversed(self.records.scopes):
             if scope.call != index:
                 break
             scope.outputs = tuple(self.layers(tensor) for tensor in results)
+
+    def _ruled(self, rule: Any, call: Call, results: list[Tensor]) -> list[Layers]:
+        """Apply `rule`; where it does not cover this form of the call, freeze what the call touches."""
+        try:
+            layers = rule(self, call)
+        except (RuntimeError, IndexError, TypeError, ValueError, KeyError, AttributeError, AssertionError):
+            layers = None
+        if layers is not None and not isinstance(layers, list):
+            layers = [layers] * len(results)
+        if layers is not None and len(layers) == len(results):
+            pairs = zip(results, layers, strict=True)
+            if all(layer.shape == tensor.shape for tensor, own in pairs for layer in own):
+                return layers
+        self.freeze(call)
+        return []
 
     def _note_step(self, call: Call) -> None:
         position, key = (3, "weight") if call.name == "batch_norm" else (1, "weight")
@@ -506,6 +528,19 @@ class Tracer(TorchFunctionMode):
         known = weight is None or self.parameters.get(id(weight)) == f"{call.module}.weight".lstrip(".")
         if known and isinstance(call.first, Tensor):
             self.records.steps[call.index] = Step(call.module, self.value(call.first).call)
+
+
+_CONSTANT = Value((), True, -1)
+
+
+def _kept_tensors(model: nn.Module) -> list[Tensor]:
+    """Return the tensors modules hold as plain attributes."""
+    found: list[Tensor] = []
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                tensors_in(value, found)
+    return found
 
 
 _FOLDABLE = frozenset(

@@ -1,0 +1,250 @@
+"""From policies (which class becomes which) to `Convert` edits: choosing layers, deriving their arguments."""
+
+import fnmatch
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from convette.errors import StructureError, did_you_mean
+from convette.surgery._apply import StructureChange, apply
+from convette.surgery._constructing import constructor_name, is_plain, layer_class, listed
+from convette.surgery._convert import Convert
+from convette.surgery._trace import call, evaluating
+
+WHERE = ("all", "stem", "head", "first in block", "last in block", "first in stage", "last in stage")
+# What layers call the number of their channels, and the other names one layer has for the same thing as another.
+_CHANNELS = (
+    *("num_features", "num_channels", "channels", "normalized_shape", "dim", "features", "in_channels", "in_features"),
+    *("in_chs", "in_planes", "inplanes", "planes", "width", "num_parameters", "out_channels", "out_features"),
+)
+_SYNONYMS = (
+    ("in_channels", "in_features", "in_chs", "in_planes"),
+    ("out_channels", "out_features", "out_chs", "out_planes"),
+    ("affine", "elementwise_affine"),
+)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """The layer to put in: its class (or ``"module:Class"``) and arguments that are not taken from the old layer."""
+
+    constructor: type[nn.Module] | str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    keep_activation: bool = True
+
+
+Policies = Mapping[type[nn.Module] | str, type[nn.Module] | str | Replacement]
+
+
+def convert(
+    model: nn.Module,
+    policies: Policies,
+    example: Any = None,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    where: str = "all",
+    seed: int = 0,
+    optimizers: Iterable[Optimizer] = (),
+) -> StructureChange:
+    """Replace layers of `model` in place, as its log records: ``convert(model, {nn.BatchNorm2d: MyNorm2d})``.
+
+    Arguments as for `convert_edits`. `optimizers` then train the new parameters in the groups of those they replace.
+    With an `example` the converted network is run on it, and every change taken back where its outputs have another
+    shape. Raises `StructureError` where no layer fits or a new one cannot be made; the model is then as before.
+    """
+    edits = convert_edits(model, policies, example, include=include, exclude=exclude, where=where, seed=seed)
+    change = apply(model, *edits, example=example, prove=example is not None and len(edits) == 1)
+    for optimizer in optimizers:
+        change.migrate_optimizer(optimizer)
+    return change
+
+
+def convert_edits(
+    model: nn.Module,
+    policies: Policies,
+    example: Any = None,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    where: str = "all",
+    seed: int = 0,
+) -> list[Convert]:
+    """Return the edits that replace the layers named by `policies`.
+
+    `policies` maps a class (or the name of one: "BatchNorm2d") to the class that takes its place, a
+    ``"module:Class"`` or a `Replacement` with arguments; subclasses match too, the most special policy wins.
+    `include` and `exclude` are patterns of module names (``"layer?.*.bn1"``). `where` chooses among the layers left:
+    one of `WHERE`; a block is the innermost module with a number within an ``nn.Sequential`` or list, a stage the
+    list it stands in. Arguments the new class asks for are taken from the old layer's attributes of the same name or
+    meaning; the number of channels, where the old layer does not say, from a run on `example`.
+
+    Raises `StructureError` where nothing matches, or an argument is neither given nor found.
+    """
+    if where not in WHERE:
+        raise StructureError(f"where {where!r}:{did_you_mean(where, WHERE)}")
+    found = {name: layer for name, layer in model.named_modules() if name and _policy(layer, policies) is not None}
+    found = {name: layer for name, layer in found.items() if _named(name, include, True)}
+    found = {name: layer for name, layer in found.items() if not _named(name, exclude, False)}
+    names = chosen_places(model, list(found), where)
+    if not names:
+        kinds = {type(layer).__name__ for layer in model.modules() if not list(layer.children())}
+        wanted = ", ".join(key if isinstance(key, str) else key.__name__ for key in policies)
+        raise StructureError(f"no layer of {type(model).__name__} fits {wanted}; it has {', '.join(sorted(kinds))}.")
+    channels = _Channels(model, example)
+    edits = []
+    for name in names:
+        target = _policy(found[name], policies)
+        target = target if isinstance(target, Replacement) else Replacement(target)  # type: ignore[arg-type]
+        made = target.constructor
+        made = layer_class(made) if isinstance(made, str) else made
+        arguments = _arguments(name, found[name], made, target.arguments, channels)
+        edits.append(Convert(name, constructor_name(made), arguments, seed, target.keep_activation))
+    return edits
+
+
+def _policy(layer: nn.Module, policies: Policies) -> Any:
+    lineage = type(layer).__mro__
+    best: tuple[int, Any] | None = None
+    for key, value in policies.items():
+        for depth, kind in enumerate(lineage):
+            if kind is key or (isinstance(key, str) and kind.__name__ == key):
+                best = (depth, value) if best is None or depth < best[0] else best
+                break
+    return None if best is None else best[1]
+
+
+def _named(name: str, patterns: str | Sequence[str] | None, default: bool) -> bool:
+    if patterns is None:
+        return default
+    return any(fnmatch.fnmatchcase(name, item) for item in ([patterns] if isinstance(patterns, str) else patterns))
+
+
+# Places ---------------------------------------------------------------------------------------------------------------
+
+
+def chosen_places(model: nn.Module, names: list[str], where: str) -> list[str]:
+    """Return those of `names` (in the model's order) that stand at the place `where`, see `convert_edits`."""
+    if where == "all":
+        return names
+    block_of = {name: _block(model, name) for name in names}
+    inside = [name for name, _ in model.named_modules() if _block(model, name)]
+    order = {name: k for k, (name, _) in enumerate(model.named_modules())}
+    if where in ("stem", "head"):
+        first = order[inside[0]] if inside else len(order)
+        return [name for name in names if not block_of[name] and (order[name] < first) == (where == "stem")]
+    held: dict[str, list[str]] = {}
+    for name in names:
+        if block_of[name]:
+            key = block_of[name] if where.endswith("block") else block_of[name].rpartition(".")[0]
+            held.setdefault(key, []).append(name)
+    return [group[0 if where.startswith("first") else -1] for group in held.values()]
+
+
+def _block(model: nn.Module, name: str) -> str:
+    """Return the innermost block around a module: a numbered, not merely sequential module with layers in it."""
+    path = name
+    while path:
+        owner, _, leaf = path.rpartition(".")
+        module = model.get_submodule(path)
+        numbered = leaf.isdigit() and isinstance(model.get_submodule(owner), nn.Sequential | nn.ModuleList)
+        if numbered and type(module) is not nn.Sequential and len(list(module.children())) > 1:
+            return path
+        path = owner
+    return ""
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+class _Channels:
+    """The number of channels each layer reads, by a run on the example, made when first asked for."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.model, self.example = model, example
+        self.known: dict[int, int] | None = None
+
+    def of(self, layer: nn.Module) -> int | None:
+        if self.known is None:
+            self.known = {}
+            if self.example is not None:
+                self._run()
+        return self.known.get(id(layer))
+
+    def _run(self) -> None:
+        known: dict[int, int] = {}
+
+        def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].ndim > 1:
+                known[id(layer)] = args[0].shape[1 if args[0].ndim > 3 else -1]
+
+        handles = [layer.register_forward_pre_hook(note) for layer in self.model.modules()]
+        try:
+            with evaluating(self.model):
+                call(self.model, self.example)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.known = known
+
+
+def _arguments(
+    name: str, old: nn.Module, made: type[nn.Module], given: Mapping[str, Any], channels: _Channels
+) -> dict[str, Any]:
+    signature = inspect.signature(made.__init__).parameters
+    open_ended = any(item.kind is item.VAR_KEYWORD for item in signature.values())
+    for key in given:
+        if key not in signature and not open_ended:
+            raise StructureError(f"{made.__name__} takes no argument {key!r}.{did_you_mean(key, list(signature)[1:])}")
+    result = {key: listed(value) for key, value in given.items()}
+    if not all(is_plain(value) for value in result.values()):
+        raise StructureError(
+            f"{made.__name__}: arguments must be numbers, texts or lists of them, so that they can be written."
+        )
+    for key, item in list(signature.items())[1:]:
+        if key in given or key in ("device", "dtype") or item.kind in (item.VAR_KEYWORD, item.VAR_POSITIONAL):
+            continue
+        found, value = _from_old(old, key)
+        if found:
+            result[key] = listed(value)
+        elif item.default is item.empty:
+            result[key] = _required(name, old, made, key, channels)
+    return result
+
+
+def _from_old(old: nn.Module, key: str) -> tuple[bool, Any]:
+    names = next((group for group in _SYNONYMS if key in group), (key,))
+    for name in (key, *names):
+        if not hasattr(old, name):
+            continue
+        value = getattr(old, name)
+        if name == "bias":
+            return True, isinstance(value, Tensor) or value is True
+        if is_plain(value) and not (value is None and name != "padding_mode"):
+            return True, value
+    if key in ("affine", "elementwise_affine") and hasattr(old, "weight"):
+        return True, old.weight is not None
+    return False, None
+
+
+def _required(name: str, old: nn.Module, made: type[nn.Module], key: str, channels: _Channels) -> Any:
+    if key in _CHANNELS:
+        for attribute in _CHANNELS:
+            value = getattr(old, attribute, None)
+            value = value[0] if isinstance(value, tuple | list) and len(value) == 1 else value
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+        count = channels.of(old)
+        if count is not None:
+            return count
+    if key == "num_groups":
+        width = _required(name, old, made, "num_channels", channels)
+        return next(groups for groups in (32, 16, 8, 4, 2, 1) if width % groups == 0)
+    hint = "give it in a Replacement" + (", or an example to run" if key in _CHANNELS else "")
+    raise StructureError(
+        f"{made.__name__} for {name!r} needs {key!r}, which {type(old).__name__} does not have; {hint}."
+    )

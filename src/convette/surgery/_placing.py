@@ -1,0 +1,53 @@
+"""Putting a module in another's place, wherever it is held, and noting what that does to parameters."""
+
+from torch import Tensor, nn
+
+from convette.errors import StructureError
+from convette.surgery._edits import Added, Change, ParameterChange, find_module
+
+
+def place(model: nn.Module, name: str, new: nn.Module, change: Change) -> None:
+    """Put `new` where the module `name` of `model` is held (all places, if shared); note how to go back.
+
+    Parameters that are gone and those that came are noted; ones that both have are left alone. Raises
+    `StructureError` for the model itself, which nothing holds.
+    """
+    old = find_module(model, name)
+    if not name:
+        raise StructureError("the model itself cannot be replaced; name a module within it.")
+    before = dict(old.named_parameters(prefix=name))
+    near = nearest(model, name)
+    for owner in list(model.modules()):
+        for key, child in list(owner._modules.items()):
+            if child is old:
+                owner._modules[key] = new
+                change.undo.append(lambda owner=owner, key=key: owner._modules.__setitem__(key, old))
+    stay = {id(parameter) for parameter in model.parameters()}
+    known = {id(parameter) for parameter in before.values()} | {id(parameter) for parameter in near}
+    for label, parameter in before.items():
+        if id(parameter) not in stay:
+            change.parameters[label] = ParameterChange(parameter, None, {})
+    for label, parameter in new.named_parameters(prefix=name):
+        if id(parameter) not in known:
+            change.added[label] = Added(parameter, near)
+
+
+def nearest(model: nn.Module, name: str) -> tuple[Tensor, ...]:
+    """Return the model's parameters, those of module `name` first, then those of the modules around it outwards."""
+    found: dict[int, Tensor] = {}
+    path = name
+    while True:
+        for parameter in find_module(model, path).parameters():
+            found.setdefault(id(parameter), parameter)
+        if not path:
+            return tuple(found.values())
+        path = path.rpartition(".")[0]
+
+
+def like_its_place(new: nn.Module, old: nn.Module, model: nn.Module) -> nn.Module:
+    """Give `new` the device, floating-point type and mode of `old`, or of the model where `old` holds no tensor."""
+    tensors = [tensor for tensor in [*old.parameters(), *old.buffers()] if tensor.is_floating_point()]
+    tensors += [tensor for tensor in model.parameters() if tensor.is_floating_point()][:1]
+    if tensors:
+        new.to(device=tensors[0].device, dtype=tensors[0].dtype)
+    return new.train(old.training)
