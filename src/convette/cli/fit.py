@@ -30,6 +30,7 @@ def fit(
     """
     from convette.pipeline.fit import describe, run_recipe
     from convette.pipeline.stages import FIT
+    from convette.training import distributed
 
     values = o.overrides(
         set_,
@@ -46,5 +47,7 @@ def fit(
     )
     with results(json) as show:
         result = run_recipe(o.recipe_of(source, recipe, values), FIT, out=out, restart=restart)
-        show(result.to_json(), describe(result))
+        if distributed.is_main():
+            show(result.to_json(), describe(result))
+        distributed.finish_distributed()
     return 0 if result.met else 4

@@ -38,6 +38,7 @@ def prune(
 ) -> None:
     """Remove channels of a network until it fits a budget, and recover its accuracy by training."""
     from convette.pipeline.single import prune_file
+    from convette.training import distributed
 
     values = o.overrides(
         set_,
@@ -61,4 +62,6 @@ def prune(
             f"{done.file}: {done.text}\ntest accuracy {100 * done.accuracy_before:.2f} % before, "
             f"{100 * done.accuracy_after:.2f} % after; {done.seconds:.0f} s"
         )
-        show(done.to_json(), text)
+        if distributed.is_main():
+            show(done.to_json(), text)
+        distributed.finish_distributed()

@@ -75,7 +75,7 @@ def fit(
         data: ``"digits"``, ``"folder:PATH"``, ``"parquet:PATH"``, ``"hub:NAME"``, ``"torchvision:NAME"``.
         budget: limits such as ``"macs<=40%, latency<=2ms@openvino:cpu"``; None: no compression.
         model: a name as `convette.create_model` takes it; None or ``"auto"``: chosen by the size of the images.
-        epochs: of training; recovery after pruning takes half as many more.
+        epochs: of training; recovery after pruning takes as many more.
         recipe: everything else, as a `Recipe` or a TOML file; the arguments given here go over it.
         out: the run folder; None: one under ``runs/`` that is named by data and recipe.
         seed, device: of everything random; ``"auto"``, ``"cpu"``, ``"cuda"``.

@@ -9,7 +9,7 @@ import torch
 
 from convette import data as data_room
 from convette import models, surgery
-from convette._progress import note
+from convette._progress import note, set_quiet
 from convette.cost import Budget, status_text
 from convette.data import ImageData
 from convette.errors import ConvetteError, UsageError
@@ -20,7 +20,7 @@ from convette.pipeline.stages.compress import limit_result, path_point, recovery
 from convette.pipeline.stages.model import put_card
 from convette.pruning import prune
 from convette.runtime import Verification, export, exported_size, verify
-from convette.training import distributed, evaluate, finish_distributed, resolve_device, start_distributed
+from convette.training import distributed, evaluate, resolve_device, start_distributed
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ def prune_file(recipe: Recipe, out: Path | str) -> PruneOutcome:
     if recipe.model.name == "auto":
         raise UsageError("prune needs a network: --model NAME with --weights FILE, or --model FILE.safetensors.")
     start_distributed(recipe.run.device)
+    if not distributed.is_main():
+        set_quiet(True)
     section, device = recipe.model, resolve_device(recipe.run.device)
     data = load_recipe_data(recipe)
     model = open_model(
@@ -89,7 +91,7 @@ def prune_file(recipe: Recipe, out: Path | str) -> PruneOutcome:
     if distributed.is_main():
         models.save(result.model, out)
         shutil.rmtree(checkpoints, ignore_errors=True)
-    finish_distributed()
+    distributed.barrier()
     engines = Budget.parse(recipe.budget.limits).engines
     return PruneOutcome(
         file=out,

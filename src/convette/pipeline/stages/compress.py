@@ -41,7 +41,7 @@ def compress(run: Run, folder: Path) -> CompressResult:
 def recovery_settings(train: TrainSettings) -> TrainSettings:
     """Return how to train after a cut: as before, but gently, because the weights that are left are good ones."""
     peak = train.peak_learning_rate(train.batch_size * train.accumulate)
-    return replace(train, learning_rate=peak / 5, warmup_epochs=0.2, label_smoothing=0.0)
+    return replace(train, learning_rate=peak / 2, warmup_epochs=0.2, label_smoothing=0.0)
 
 
 def limit_result(status: LimitStatus) -> LimitResult:
