@@ -1,6 +1,7 @@
 """Weights from files, without running anything that is in them: safetensors, and .pt files of plain tensors."""
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,10 @@ def read_pickled_tensors(path: Path) -> Any:
         UsageError: the file holds more than plain tensors, so that reading it could run code, or it is damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # PyTorch warns of unusual pickles before it refuses them; the refusal says it all.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UsageError(
             f"{path}: refused: it holds more than plain tensors (or is damaged), and unpickling it could run code. Save"
