@@ -13,7 +13,7 @@ from convette.errors import StructureError, did_you_mean
 from convette.surgery._apply import StructureChange, apply
 from convette.surgery._constructing import constructor_name, is_plain, layer_class, listed
 from convette.surgery._convert import Convert
-from convette.surgery._trace import call, evaluating
+from convette.surgery._trace import call, evaluating, outputs_of
 
 WHERE = ("all", "stem", "head", "first in block", "last in block", "first in stage", "last in stage")
 # What layers call the number of their channels, and the other names one layer has for the same thing as another.
@@ -58,7 +58,9 @@ def convert(
     shape. Raises `StructureError` where no layer fits or a new one cannot be made; the model is then as before.
     """
     edits = convert_edits(model, policies, example, include=include, exclude=exclude, where=where, seed=seed)
-    change = apply(model, *edits, example=example, prove=example is not None and len(edits) == 1)
+    if example is not None:
+        _tried(model, edits, example)
+    change = apply(model, *edits)
     for optimizer in optimizers:
         change.migrate_optimizer(optimizer)
     return change
@@ -105,6 +107,31 @@ def convert_edits(
         arguments = _arguments(name, found[name], made, target.arguments, channels)
         edits.append(Convert(name, constructor_name(made), arguments, seed, target.keep_activation))
     return edits
+
+
+def _tried(model: nn.Module, edits: Sequence[Convert], example: Any) -> None:
+    """Run the converted network once and take it back; raise `StructureError` where its outputs have another shape."""
+    changes = []
+
+    def shapes() -> list[Any]:
+        with evaluating(model):
+            return [tensor.shape for tensor in outputs_of(call(model, example), [])]
+
+    before = shapes()
+    try:
+        for edit in edits:
+            changes.append(edit.apply(model))
+        after = shapes()
+    except StructureError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise StructureError(f"the converted network does not run: {reason}") from error
+    finally:
+        for change in reversed(changes):
+            change.revert()
+    if before != after:
+        raise StructureError(f"the converted network's outputs are {after}, not {before}.")
 
 
 def _policy(layer: nn.Module, policies: Policies) -> Any:
