@@ -265,7 +265,8 @@ def line_of(row: dict) -> str:
     error = row.get("error_float64", row.get("error"))
     numbers = (
         f"{row['groups']:4d} groups {row['units']:6d} units  forward {row['forward_s']:.3f}  "
-        f"trace {row['trace_s']:.3f}  shrink {row['shrink_s']:.3f} s  error {error:.0e}  frozen {', '.join(row['frozen']) or '-'}"
+        f"trace {row['trace_s']:.3f}  shrink {row['shrink_s']:.3f} s  error {error:.0e}  "
+        f"frozen {', '.join(row['frozen']) or '-'}"
         if error is not None
         else row.get("reason", "")
     )

@@ -16,8 +16,10 @@ from convette.surgery._fold import Fold, fold, fold_edits
 from convette.surgery._graph import ChannelGraph, Constraints, Group, Member, Selection
 from convette.surgery._grow import Grow, Scale
 from convette.surgery._growing import grow, ungrow
+from convette.surgery._insert import Insert, ZeroGammaBlock, insert
 from convette.surgery._log import ModelCard, Origin, StructureLog, card_of, set_card, set_origin, structure_log
 from convette.surgery._masked import masked
+from convette.surgery._remove import Remove, removable, remove
 from convette.surgery._trace import trace
 from convette.surgery._tracer import FrozenOperator
 
@@ -31,10 +33,12 @@ __all__ = [
     "Group",
     "Grow",
     "Header",
+    "Insert",
     "Member",
     "ModelCard",
     "Origin",
     "ParameterChange",
+    "Remove",
     "Replacement",
     "Rewrite",
     "Scale",
@@ -42,6 +46,7 @@ __all__ = [
     "Shrink",
     "StructureChange",
     "StructureLog",
+    "ZeroGammaBlock",
     "apply",
     "card_of",
     "convert",
@@ -50,9 +55,12 @@ __all__ = [
     "fold",
     "fold_edits",
     "grow",
+    "insert",
     "load_model",
     "masked",
     "read_header",
+    "removable",
+    "remove",
     "replay",
     "save_model",
     "set_card",

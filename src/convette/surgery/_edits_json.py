@@ -7,6 +7,8 @@ from convette.surgery._convert import Convert
 from convette.surgery._edits import Edit, Shrink
 from convette.surgery._fold import Fold
 from convette.surgery._grow import Grow, Scale
+from convette.surgery._insert import Insert
+from convette.surgery._remove import Remove
 
 _KINDS = {
     Shrink.kind: Shrink.from_json,
@@ -14,6 +16,8 @@ _KINDS = {
     Grow.kind: Grow.from_json,
     Scale.kind: Scale.from_json,
     Convert.kind: Convert.from_json,
+    Insert.kind: Insert.from_json,
+    Remove.kind: Remove.from_json,
 }
 
 

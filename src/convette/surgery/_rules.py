@@ -61,7 +61,7 @@ _RESHAPE = _words(
 
 _SAME = _words(
     """
-    transpose permute swapaxes swapdims movedim moveaxis t .T .mT .H adjoint repeat_interleave pixel_shuffle
+    transpose permute unfold swapaxes swapdims movedim moveaxis t .T .mT .H adjoint repeat_interleave pixel_shuffle
     pixel_unshuffle channel_shuffle native_channel_shuffle
     """
 )

@@ -122,6 +122,13 @@ class Mismatch:
         self.item, self.expected, self.literals, self.error = item, expected, literals, error
 
 
+def changes(item: SizeCall, sizes: Any) -> bool:
+    """Tell whether a noted call is given other sizes than before."""
+    if item.kind == "shape":
+        return tuple(size for _, size in sizes) != tuple(item.given)
+    return item.kind != "scalar"
+
+
 class Probe(TorchFunctionMode):
     """Runs a shrunk network beside the record of the whole one and puts right, and notes, every wrong size."""
 
@@ -143,6 +150,7 @@ class Probe(TorchFunctionMode):
         self.calls, self.items, self.reads = calls, items, reads
         self.mismatches: list[Mismatch] = []
         self.index = 0
+        self.lost = False
         self._names: dict[Any, str] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -153,7 +161,7 @@ class Probe(TorchFunctionMode):
             name = self._names[func] = function_name(func)
         if name in self.reads:
             return func(*args, **kwargs)
-        if self.stack[-1] in self.opaque:
+        if self.lost or self.stack[-1] in self.opaque:
             return func(*args, **kwargs)
         while self.index < len(self.calls) and self.calls[self.index][1] in self.opaque:
             self.index += 1
@@ -161,17 +169,24 @@ class Probe(TorchFunctionMode):
         out = func(*args, **kwargs) if pair is None else self._checked(pair, name, func, args, kwargs)
         if isinstance(out, Tensor) or name == "__setitem__" or tensors_in(out, []):
             if self.index >= len(self.calls) or family(self.calls[self.index][0]) != family(name):
-                raise StructureError(
-                    f"the network takes another path once it is narrower: {name} in "
-                    f"{self.stack[-1] or 'the model'} ({source_line()})."
-                )
+                self._lose(name)
             self.index += 1
         return out
+
+    def _lose(self, name: str) -> None:
+        """The network went another way (it looked at its values): that is no matter where no size changes any more."""
+        if any(index >= self.index and changes(item, sizes) for index, (item, sizes) in self.items.items()):
+            raise StructureError(
+                f"the network takes another path once its widths change: {name} in "
+                f"{self.stack[-1] or 'the model'} ({source_line()})."
+            )
+        self.lost = True
 
     def _checked(self, pair: tuple[SizeCall, Sizes], name: str, func: Any, args: Any, kwargs: Any) -> Any:
         item, expected = pair
         if family(name) != family(item.name):
-            raise StructureError(f"the network takes another path once it is narrower: {name} at {source_line()}.")
+            self._lose(name)
+            return func(*args, **kwargs)
         literals = given_sizes(item.kind, func, name, args, kwargs, expected)
         if not literals:
             return func(*args, **kwargs)

@@ -374,6 +374,8 @@ class Tracer(TorchFunctionMode):
                 for layer in merged:
                     if bare & set(varying(layer)):
                         self.store.freeze(layer, why)
+                # What is fixed needs no label to say so.
+                merged = [layer for layer in merged if not bare & set(varying(layer))]
             if blank is not None:
                 _fill(blank[0], merged, blank[1])
         return tuple(merged)

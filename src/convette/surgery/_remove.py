@@ -1,0 +1,118 @@
+"""Removing: a layer or block left out where what comes in has the shape of what goes out."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from convette.errors import FileFormatError, StructureError
+from convette.surgery._edits import Change, find_module
+from convette.surgery._placing import place
+from convette.surgery._trace import call, evaluating, outputs_of
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Put ``nn.Identity`` in place of `module`: its input goes on as its output, its parameters are gone.
+
+    The outputs change (a residual block's branch is missing) and keep their shape; `remove` proves it.
+    """
+
+    module: str
+    kind: ClassVar[str] = "remove"
+    preserves: ClassVar[bool] = False
+
+    def apply(self, model: nn.Module) -> Change:
+        """Take the module out; raises `StructureError`, with the model unchanged, where there is none."""
+        old = find_module(model, self.module)
+        change = Change()
+        try:
+            place(model, self.module, nn.Identity().train(old.training), change)
+        except BaseException:
+            change.revert()
+            raise
+        return change
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the edit as a JSON object."""
+        return {"kind": self.kind, "module": self.module}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Remove":
+        """Read the edit; raises `FileFormatError` where it names no module."""
+        if not isinstance(value.get("module"), str) or not value["module"]:
+            raise FileFormatError("a 'remove' edit must name a module.")
+        return Remove(value["module"])
+
+
+def remove(model: nn.Module, module: str, example: Any) -> Remove:
+    """Return the edit that leaves `module` out, proved by a run on the example; the model is as before.
+
+    Raises `StructureError` where the module reads more than one tensor, gives another shape than it reads, or the
+    network does not run without it. Cost: two runs of the network.
+    """
+    find_module(model, module)
+    refusal = _calls(model, example).get(module, "never runs on the example")
+    if refusal:
+        raise StructureError(f"{module!r} cannot be left out: it {refusal}.")
+    edit = Remove(module)
+    before = _shapes(model, example)
+    change = edit.apply(model)
+    try:
+        after = _shapes(model, example)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise StructureError(f"the network does not run without {module!r}: {reason}") from error
+    finally:
+        change.revert()
+    if before != after:
+        raise StructureError(f"without {module!r} the outputs are {after}, not {before}.")
+    return edit
+
+
+def removable(model: nn.Module, example: Any) -> tuple[str, ...]:
+    """Return the blocks that `remove` could leave out: numbered modules that keep the shape of the one tensor they
+    read, blocks within such blocks left aside. Cost: one run of the network."""
+    calls = _calls(model, example)
+    found: list[str] = []
+    for name, module in model.named_modules():
+        owner, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(owner) if name else None
+        if not leaf.isdigit() or not isinstance(holder, nn.Sequential | nn.ModuleList) or calls.get(name) != "":
+            continue
+        weighty = any(parameter.ndim > 1 for parameter in module.parameters())
+        if weighty and len(list(module.children())) > 1 and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return tuple(found)
+
+
+def _calls(model: nn.Module, example: Any) -> dict[str, str]:
+    """Return for every module that runs why it cannot be left out ("" where it can, as far as its own shapes say)."""
+    names = {id(module): name for name, module in model.named_modules()}
+    result: dict[str, str] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        name = names[id(module)]
+        if result.get(name):
+            return
+        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+            result[name] = "reads something else than one tensor"
+        elif not isinstance(output, Tensor) or output.shape != args[0].shape:
+            gives = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            result[name] = f"reads {tuple(args[0].shape)} and gives {gives}"
+        else:
+            result[name] = ""
+
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]
+    try:
+        with evaluating(model):
+            call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result
+
+
+def _shapes(model: nn.Module, example: Any) -> list[tuple[int, ...]]:
+    with evaluating(model):
+        return [tuple(tensor.shape) for tensor in outputs_of(call(model, example), [])]
