@@ -203,7 +203,7 @@ def insert(
         given = torch.cat([value.transpose(0, 1).flatten(1) for value in seen], 1).double()
         given = given.relu() if first else given
         mean, var = given.mean(1), given.var(1, correction=0)
-        statistics = {"mean": _floats(mean), "var": _floats(var)} if norm and form == "conv" else {}
+        statistics: dict[str, Any] = {"mean": _floats(mean), "var": _floats(var)} if norm and form == "conv" else {}
         edit = Insert(module, channels, activation=activation, activation_first=first, **base, **statistics)
         try:
             _check(vars(edit))
