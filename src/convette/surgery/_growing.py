@@ -1,23 +1,20 @@
 """From a plan (how many new units in which group) to the `Grow` edit, proved on the graph's example."""
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from convette.errors import StructureError
-from convette.surgery._apply import relative_error
 from convette.surgery._edits import Shrink, find_tensor
 from convette.surgery._graph import ChannelGraph, Group, Member
 from convette.surgery._grow import MODES, Grow, Scale, Widening, old_places
 from convette.surgery._labels import narrowed, normalised, varying
 from convette.surgery._shrinking import _follows_from_class, _new_groups, _probed, _static_attributes, shrink_edit
 from convette.surgery._sizes import Expectation, Sizes
-from convette.surgery._trace import call, evaluating, outputs_of
 from convette.surgery._tracer import Layers, SizeCall
+from convette.surgery._trial import trial_error
 
 Plan = Mapping[str, int | Sequence[int]]
 
@@ -166,40 +163,8 @@ class Growth(Expectation):
         return None if bool((counts == 1).all()) else ((int(counts.sum()),),)
 
 
-def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    with evaluating(model):
-        result = outputs_of(call(model, example), [])
-    return [tensor.clone() for tensor in result if tensor.is_floating_point()]
-
-
-def _in_double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _in_double(item) for key, item in value.items()}
-    return tuple(map(_in_double, value)) if isinstance(value, list | tuple) else value
-
-
-def _error(model: nn.Module, example: Any, edit: Grow) -> float:
-    before = _outputs(model, example)
-    change = edit.apply(model)
-    try:
-        after = _outputs(model, example)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise StructureError(f"the network does not run once it is wider: {reason}") from error
-    finally:
-        change.revert()
-    if len(before) != len(after) or any(a.shape != b.shape for a, b in zip(before, after, strict=True)):
-        raise StructureError("growing these groups changes the shape of the network's output.")
-    return max((relative_error(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
-
-
 def _proved(graph: ChannelGraph, edit: Grow, exact: bool, tolerance: float) -> Grow:
-    error = _error(graph.model, graph.example, edit)
-    if not error <= tolerance:
-        # Networks with odd weights can blow rounding up: what is exact in double is exact.
-        error = _error(copy.deepcopy(graph.model).double(), _in_double(graph.example), edit)
+    error = trial_error(graph.model, [edit], graph.example, tolerance)
     if error <= tolerance:
         return edit
     if not exact:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from convette.errors import FileFormatError, StructureError, did_you_mean
-from convette.surgery._apply import relative_error
 from convette.surgery._edits import Change, find_module
 from convette.surgery._placing import like_its_place, place
-from convette.surgery._trace import call, evaluating, outputs_of
+from convette.surgery._trace import call, evaluating
+from convette.surgery._trial import trial_error
 
 FORMS = ("conv", "block")
 # Activations that change nothing the second time.
@@ -209,7 +209,7 @@ def insert(
             _check(vars(edit))
         except ValueError as wrong:
             raise StructureError(f"cannot insert behind {module!r}: {wrong}.") from wrong
-        error = _error(model, edit, example)
+        error = trial_error(model, [edit], example, tolerance)
         if error <= tolerance:
             return edit
     raise StructureError(f"inserting behind {module!r} changes the outputs (relative error {error:.1e}).")
@@ -233,19 +233,3 @@ def _outputs_of_module(model: nn.Module, name: str, example: Any) -> list[Tensor
     finally:
         handle.remove()
     return seen
-
-
-def outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    """Return copies of the floating-point outputs of `model` in eval mode."""
-    with evaluating(model):
-        return [item.clone() for item in outputs_of(call(model, example), []) if item.is_floating_point()]
-
-
-def _error(model: nn.Module, edit: Any, example: Any) -> float:
-    before = outputs(model, example)
-    change = edit.apply(model)
-    try:
-        after = outputs(model, example)
-    finally:
-        change.revert()
-    return max((relative_error(a, b) for a, b in zip(before, after, strict=True)), default=0.0)

@@ -138,12 +138,18 @@ def _probed(graph: ChannelGraph, edit: Any, items: Mapping[int, tuple[SizeCall, 
     rewrites: dict[tuple[str, str, int], Rewrite] = {}
     for attempt in range(_ROUNDS):
         trial = dataclasses.replace(edit, attributes=attributes, rewrites=tuple(rewrites.values()))
-        mismatches = _run(graph, trial, items)
-        if not mismatches:
+        mismatches, failure = _run(graph, trial, items)
+        if failure is None and not mismatches:
             return trial
+        if failure is not None:
+            # A size that was set by guess may be what stops the network.
+            guessed = {name for name in attributes if attributes[name].keys() - edit.attributes.get(name, {}).keys()}
+            if not guessed:
+                raise failure[1]
+            _withdraw({failure[0]} & guessed or guessed, attributes, edit.attributes, refused)
         if attempt:
             # An attribute that did not put all of its module's calls right is left alone.
-            _withdraw(mismatches, attributes, edit.attributes, refused, rewrites)
+            _withdraw({item.item.module for item in mismatches}, attributes, edit.attributes, refused)
         now: dict[tuple[str, str, int], Any] = {}
         by_module: dict[str, list[Mismatch]] = {}
         for mismatch in mismatches:
@@ -165,6 +171,8 @@ def _probed(graph: ChannelGraph, edit: Any, items: Mapping[int, tuple[SizeCall, 
                     if place in rewrites and item.kind == "shape":
                         sizes = tuple(sorted({**dict(_pairs(rewrites[place])), **dict(sizes)}.items()))
                     rewrites[place] = Rewrite(*place, item.kind, sizes)
+    if not mismatches:
+        raise StructureError("the network does not run at its new width, whichever sizes are changed.")
     item = mismatches[0].item
     raise StructureError(
         f"{item.name} in {item.module or 'the model'} ({item.where}) holds a size that could not be changed."
@@ -175,7 +183,10 @@ def _pairs(rewrite: Rewrite) -> Any:
     return rewrite.sizes
 
 
-def _run(graph: ChannelGraph, trial: Any, items: Mapping[int, tuple[SizeCall, Any]]) -> list[Mismatch]:
+def _run(
+    graph: ChannelGraph, trial: Any, items: Mapping[int, tuple[SizeCall, Any]]
+) -> tuple[list[Mismatch], tuple[str, StructureError] | None]:
+    """Run the edited network; return the wrong sizes found and, where it stopped, the module and the error."""
     from convette.surgery import _rules
     from convette.surgery._trace import call, evaluating, running_modules
 
@@ -189,14 +200,13 @@ def _run(graph: ChannelGraph, trial: Any, items: Mapping[int, tuple[SizeCall, An
     except StructureError:
         raise
     except Exception as error:
-        where = probe.calls[probe.index] if probe.index < len(probe.calls) else ("?", "?")
-        raise StructureError(
-            f"the network does not run at its new width: {where[0]} in {probe.stack[-1] or 'the model'}: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        name, line = probe.failed_in or ("", "?")
+        text = f"the network does not run at its new width: {name or type(model).__name__} ({line}): {first}"
+        return probe.mismatches, (name, StructureError(text))
     finally:
         change.revert()
-    return probe.mismatches
+    return probe.mismatches, None
 
 
 def _literal_key(pair: tuple[Any, Any]) -> str:
@@ -249,13 +259,12 @@ def _may_hold_channels(key: str) -> bool:
 
 
 def _withdraw(
-    mismatches: list[Mismatch],
+    names: set[str],
     attributes: Attributes,
     fixed: Mapping[str, Mapping[str, Any]],
     refused: set[tuple[str, str]],
-    rewrites: dict[tuple[str, str, int], Rewrite],
 ) -> None:
-    for name in {mismatch.item.module for mismatch in mismatches}:
+    for name in names:
         for key in list(attributes.get(name, {})):
             if key not in fixed.get(name, {}):
                 refused.add((name, key))

@@ -151,6 +151,7 @@ class Probe(TorchFunctionMode):
         self.mismatches: list[Mismatch] = []
         self.index = 0
         self.lost = False
+        self.failed_in: tuple[str, str] | None = None
         self._names: dict[Any, str] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -166,7 +167,13 @@ class Probe(TorchFunctionMode):
         while self.index < len(self.calls) and self.calls[self.index][1] in self.opaque:
             self.index += 1
         pair = self.items.get(self.index)
-        out = func(*args, **kwargs) if pair is None else self._checked(pair, name, func, args, kwargs)
+        try:
+            out = func(*args, **kwargs) if pair is None else self._checked(pair, name, func, args, kwargs)
+        except StructureError:
+            raise
+        except Exception:
+            self.failed_in = self.failed_in or (self.stack[-1], source_line())
+            raise
         if isinstance(out, Tensor) or name == "__setitem__" or tensors_in(out, []):
             if self.index >= len(self.calls) or family(self.calls[self.index][0]) != family(name):
                 self._lose(name)
