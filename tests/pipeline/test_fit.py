@@ -75,6 +75,7 @@ def test_the_same_call_again_does_nothing_and_says_so(undisturbed, capsys):
     assert "skipped, finished before: data, model, train, compress" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_every_stage_ends_with_the_same_weights(undisturbed, tmp_path):
     run_dir, recipe = tmp_path / "run", tmp_path / "r.toml"
     build_recipe(TINY).save(recipe)

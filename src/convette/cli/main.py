@@ -52,6 +52,9 @@ def options(
 
 def run(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failure, 2 usage, 3 bad data, 4 budget out of reach, 5 interrupted."""
+    # PyTorch's idle threads spin for milliseconds by default; where other work runs they then starve each other (steps
+    # took three times as long, measured with two cores and a load of seven). Read when PyTorch is loaded: set before.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     sys.exit(main(arguments))
 
 

@@ -13,6 +13,7 @@ from convette._progress import note, set_quiet
 from convette.cost import Budget, status_text
 from convette.data import ImageData
 from convette.errors import ConvetteError, UsageError
+from convette.pipeline._latency import measure_from_start
 from convette.pipeline.inspect import input_of, open_model
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import LimitResult, PathPoint
@@ -82,6 +83,7 @@ def prune_file(recipe: Recipe, out: Path | str) -> PruneOutcome:
         Budget.parse(recipe.budget.limits),
         recipe.prune,
         train_settings=recovery_settings(recipe.train),
+        measure=measure_from_start,
         checkpoint_dir=checkpoints,
         device=device,
     )

@@ -60,11 +60,15 @@ def summarise(run_dir: Path) -> Summary:
 
 
 def _deployed_accuracy(run_dir: Path, verified: VerifyResult) -> float:
-    """Return the accuracy of what is deployed: of the int8 file where one was kept, else of the network."""
-    exported: ExportResult | None = read_result(run_dir, "export")
-    int8 = {file.file for file in exported.files if file.precision == "int8"} if exported else set()
-    kept = [check.accuracy for check in verified.files if check.file in int8 and check.accuracy is not None]
-    return kept[0] if kept else verified.test_after.accuracy
+    """Return the accuracy of what is deployed: on the limited engine, else on the one kept, in its precision."""
+    quantized: QuantizationResult | None = read_result(run_dir, "quantize")
+    limited = [limit.engine for limit in verified.limits if limit.engine is not None]
+    engine = limited[0] if limited else quantized.kept if quantized else None
+    checked = {check.engine: check.accuracy for check in verified.files if check.accuracy is not None}
+    for name in (f"{engine}:int8", engine, f"{engine}:fp32"):
+        if name in checked:
+            return checked[name]
+    return verified.test_after.accuracy
 
 
 def table(summary: Summary) -> str:
@@ -123,6 +127,13 @@ def _notes(run_dir: Path, verified: VerifyResult) -> list[str]:
     quantized: QuantizationResult | None = read_result(run_dir, "quantize")
     if quantized is not None:
         notes.append(f"Precision: {quantized.reason}")
+    before, after = verified.cost_before["latency"], verified.cost_after["latency"]
+    notes += [
+        f"Latency on {engine}: before in {before[engine]['precision']}, as it was trained, after in "
+        f"{after[engine]['precision']}; both measured in turns in one run."
+        for engine in after
+        if before[engine]["precision"] != after[engine]["precision"]
+    ]
     for check in verified.files:
         accuracy = f", {100 * check.accuracy:.2f} % right on the test split" if check.accuracy is not None else ""
         notes.append(

@@ -1,6 +1,5 @@
 """Stage verify: the exported files against the network, and the one look at the test split."""
 
-import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +11,12 @@ from convette._files import replacing
 from convette._progress import note
 from convette.cost import Cost, count
 from convette.errors import ConvetteError
+from convette.pipeline._latency import measure_both
 from convette.pipeline._run import Run, Stage
 from convette.pipeline.results import ExportedFile, ExportResult, FileCheck, VerifyResult, read_result
 from convette.pipeline.stages.compress import limit_result
 from convette.pipeline.stages.train import scores_of
-from convette.runtime import EngineSpec, Latency, measure_latency, missing, prepare, verify
+from convette.runtime import EngineSpec, missing, prepare, verify
 from convette.training import Evaluation, evaluate, evaluate_runner
 
 MISTAKES = 24
@@ -28,7 +28,12 @@ def verify_run(run: Run, folder: Path) -> VerifyResult:
     before, after = run.network("train"), run.network(run.final_stage())
     exported: ExportResult | None = read_result(run.path, "export")
     files = exported.files if exported else []
-    checks = [_check(run, after, file) for file in files if file.format != "convette"]
+    checks = [
+        _check(run, after, file, engine)
+        for file in files
+        if file.format != "convette"
+        for engine in _checking_engines(run, file)
+    ]
     test_before, test_after = (
         evaluate(network, run.data.test, run.data.preprocessing, device=run.device) for network in (before, after)
     )
@@ -51,9 +56,19 @@ def verify_run(run: Run, folder: Path) -> VerifyResult:
     )
 
 
-def _check(run: Run, model: nn.Module, file: ExportedFile) -> FileCheck:
+def _checking_engines(run: Run, file: ExportedFile) -> list[str]:
+    """Return the engines to check a file on: in its own precision, and as its reader runs it by itself."""
+    reader = READERS[file.format]
+    engines = [f"{reader}:{file.precision}"]
+    if file.precision == "fp32":
+        with prepare(reader, run.path / file.file, run.example) as runner:
+            engines += [reader] if runner.precision != "fp32" else []
+    return engines
+
+
+def _check(run: Run, model: nn.Module, file: ExportedFile, engine: str) -> FileCheck:
     path = run.path / file.file
-    check = verify(path, model, real_images(run, run.recipe.export.verify_images))
+    check = verify(path, model, real_images(run, run.recipe.export.verify_images), engine=engine)
     with prepare(check.engine, path, run.example) as runner:
         scores = evaluate_runner(runner, run.data.test, run.data.preprocessing)
     if not check.passed:
@@ -83,25 +98,6 @@ def real_images(run: Run, wanted: int) -> Tensor:
             parts.append(split.images(range(min(left, len(split)))))
             left -= len(parts[-1])
     return run.data.preprocessing(torch.cat(parts))
-
-
-def measure_both(
-    before: nn.Module, after: nn.Module, example: Tensor, engines: tuple[str, ...], int8: dict[str, Path]
-) -> dict[str, dict[str, Latency]]:
-    """Measure two networks on every engine, all interleaved in one run; `int8` names the file to use on an engine."""
-    found: dict[str, dict[str, Latency]] = {"before": {}, "after": {}}
-    if not engines:
-        return found
-    with contextlib.ExitStack() as stack:
-        runners = {}
-        for engine in engines:
-            runners[engine, "before"] = stack.enter_context(prepare(engine, before, example))
-            runners[engine, "after"] = stack.enter_context(prepare(engine, int8.get(engine, after), example))
-        named = {f"{engine} {which}": runner for (engine, which), runner in runners.items()}
-        measured = measure_latency(named, example)
-    for engine, which in runners:
-        found[which][engine] = measured[f"{engine} {which}"]
-    return found
 
 
 def _engines(run: Run) -> tuple[str, ...]:
