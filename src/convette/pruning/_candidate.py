@@ -129,7 +129,7 @@ def reach_measured(
     def share_at(cap: float) -> float:
         found[cap] = candidate.within([*limits, macs_limit(cap)])
         share = worst(measured.shares({"candidate": candidate.cut(found[cap])})["candidate"])
-        note(f"  {cap / macs_now:.0%} of the MACs: {share:.0%} of the limit")
+        note(f"  {cap / 1e6:.4g} M MACs: {share:.1%} of the limit")
         return share
 
     best, _ = search_cap(share_at, low, high, guess=guess, margin=float(settings.latency_margin))
