@@ -98,7 +98,6 @@ def check_reachable(candidate: Candidate, budget: Budget, start: Cost, measured:
         share = f"{candidate.settings.min_fraction:.0%}"
         raise unreachable(resolved, smallest, f"(min_fraction keeps {share} of every layer; less may be set.)")
     return smallest
-    return smallest
 
 
 def reach_measured(

@@ -53,7 +53,6 @@ class Run:
     minimum: Mapping[str, int]
     store: StateStore
     edits_before: int
-    training: bool
     step: int = 0
     cap: float | None = None
     records: list[StepRecord] = field(default_factory=list)
@@ -280,7 +279,6 @@ def prepare_run(
         minimum=minimum,
         store=StateStore(checkpoint_dir, fingerprint(parent, parts)),
         edits_before=len(structure_log(parent).edits),
-        training=model.training,
     )
 
 
