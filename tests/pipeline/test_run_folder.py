@@ -56,7 +56,7 @@ def test_another_recipe_is_refused_by_the_name_of_the_key(tmp_path):
         pass
     with (
         pytest.raises(UsageError, match=r"train\.epochs = 30, now it is 31.*--restart"),
-        open_run(tmp_path, build_recipe({}, {"train.epochs": 31, "prune.epochs": 15}), STAGES),
+        open_run(tmp_path, build_recipe({}, {"train.epochs": 31, "prune.epochs": 30}), STAGES),
     ):
         pass
     with open_run(tmp_path, build_recipe({}, {"run.out": "x"}), STAGES) as folder:
