@@ -13,6 +13,8 @@ from convette.surgery._edits import Edit, ParameterChange, Rewrite, Shrink
 from convette.surgery._edits_json import edit_from_json
 from convette.surgery._file import Header, load_model, read_header, save_model
 from convette.surgery._fold import Fold, fold, fold_edits
+from convette.surgery._fold_more import FoldConvs, FoldScale, Merge, Nothing, Reparameterize
+from convette.surgery._folding_more import fold_further, further_folds, reparameterize
 from convette.surgery._graph import ChannelGraph, Constraints, Group, Member, Selection
 from convette.surgery._grow import Grow, Scale
 from convette.surgery._growing import grow, ungrow
@@ -29,16 +31,21 @@ __all__ = [
     "Convert",
     "Edit",
     "Fold",
+    "FoldConvs",
+    "FoldScale",
     "FrozenOperator",
     "Group",
     "Grow",
     "Header",
     "Insert",
     "Member",
+    "Merge",
     "ModelCard",
+    "Nothing",
     "Origin",
     "ParameterChange",
     "Remove",
+    "Reparameterize",
     "Replacement",
     "Rewrite",
     "Scale",
@@ -54,6 +61,8 @@ __all__ = [
     "edit_from_json",
     "fold",
     "fold_edits",
+    "fold_further",
+    "further_folds",
     "grow",
     "insert",
     "load_model",
@@ -61,6 +70,7 @@ __all__ = [
     "read_header",
     "removable",
     "remove",
+    "reparameterize",
     "replay",
     "save_model",
     "set_card",

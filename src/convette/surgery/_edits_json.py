@@ -6,6 +6,7 @@ from convette.errors import FileFormatError, did_you_mean
 from convette.surgery._convert import Convert
 from convette.surgery._edits import Edit, Shrink
 from convette.surgery._fold import Fold
+from convette.surgery._fold_more import FoldConvs, FoldScale, Merge, Reparameterize
 from convette.surgery._grow import Grow, Scale
 from convette.surgery._insert import Insert
 from convette.surgery._remove import Remove
@@ -18,6 +19,10 @@ _KINDS = {
     Convert.kind: Convert.from_json,
     Insert.kind: Insert.from_json,
     Remove.kind: Remove.from_json,
+    FoldConvs.kind: FoldConvs.from_json,
+    FoldScale.kind: FoldScale.from_json,
+    Merge.kind: Merge.from_json,
+    Reparameterize.kind: Reparameterize.from_json,
 }
 
 
