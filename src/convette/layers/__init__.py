@@ -1,0 +1,9 @@
+"""Layers that drop into any network in the place of PyTorch's own, by kind; and what they become at inference.
+
+`folded_form` asks one layer, `fold_layers` a whole network.
+"""
+
+from convette.layers._folding import Foldable, FoldedLayers, Stays, fold_layers, folded_form
+from convette.layers._modules import replace_modules
+
+__all__ = ["Foldable", "FoldedLayers", "Stays", "fold_layers", "folded_form", "replace_modules"]
