@@ -1,0 +1,211 @@
+"""IBN-Net: instance and batch norm side by side, for networks that see through appearance (Pan et al. 2018)."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from convette.errors import UsageError
+from convette.layers._folding import Stays
+from convette.layers._modules import replace_modules
+from convette.layers.normalization._moments import check_maps
+from convette.layers.normalization._residual import TailNormBlock, check_plain, residual_blocks
+
+Kind = Literal["a", "b"]
+
+
+class IBN(nn.Module):
+    r"""Instance norm for the first channels, batch norm for the others: ``[IN(x[:half]) | BN(x[half:])]``.
+
+    Instance norm takes contrast and colour of each image away, batch norm keeps what tells classes apart. It is for the
+    first normaliser of the blocks of shallow stages (`to_ibn`).
+
+    Args:
+        num_features: channels c of an input (n, c, h, w).
+        ratio: share of instance-normalised channels; ``half = int(c · ratio)``. 0 is batch norm, 1 instance norm.
+        eps: added to variances.
+        momentum: weight of a batch in the running statistics.
+        order: "in-first", or "bn-first" as in published DenseNets.
+        other: "batch", or "group" for small batches (up to 32 groups).
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+
+    Raises:
+        UsageError: a ratio outside 0..1, unknown options, an input of another shape; 1x1 maps, which have no instance
+            statistics, where there are instance-normalised channels.
+
+    Parts are named ``IN`` and ``BN`` as in published weights. Cost: the parameters of batch norm; at inference a
+    reduction over the instance half, which depends on the input and does not fold. With ratio 0 the layer folds to
+    `nn.BatchNorm2d`, with 1 to `nn.InstanceNorm2d`.
+
+    Source: Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net, Pan et al. 2018,
+    arXiv 1807.09441.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        ratio: float = 0.5,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        *,
+        order: Literal["in-first", "bn-first"] = "in-first",
+        other: Literal["batch", "group"] = "batch",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= ratio <= 1:
+            raise UsageError(f"IBN: ratio = {ratio!r} must be in [0, 1].")
+        if order not in ("in-first", "bn-first") or other not in ("batch", "group"):
+            raise UsageError(f"IBN: order {order!r} and other {other!r}: 'in-first' or 'bn-first', 'batch' or 'group'.")
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.ratio, self.order = ratio, order
+        rest = num_features - int(num_features * ratio) if order == "in-first" else int(num_features * (1 - ratio))
+        instances = num_features - rest
+        self.IN = nn.InstanceNorm2d(instances, eps, affine=True, **where) if instances else None
+        self.BN: nn.Module | None = None
+        if rest and other == "batch":
+            self.BN = nn.BatchNorm2d(rest, eps, momentum, **where)
+        elif rest:
+            groups = next(number for number in range(min(32, rest), 0, -1) if rest % number == 0)
+            self.BN = nn.GroupNorm(groups, rest, eps, **where)
+
+    @property
+    def instances(self) -> int:
+        """How many channels are instance-normalised; read off the tensors, so that it follows edits."""
+        return 0 if self.IN is None else self.IN.weight.shape[0]
+
+    def _width(self, x: Tensor) -> int:
+        """How many channels the input must have; any number of others once a batch norm has been folded away."""
+        weight = getattr(self.BN, "weight", None)
+        if self.BN is not None and not isinstance(weight, Tensor):
+            return x.shape[1]
+        return self.instances + (0 if weight is None else weight.shape[0])
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        check_maps(x, self._width(x), "IBN", self.training and isinstance(self.BN, nn.BatchNorm2d))
+        if self.IN is not None and x.shape[2] * x.shape[3] == 1:
+            raise UsageError("IBN: 1x1 maps have no instance statistics; use batch norm there.")
+        if x.shape[0] == 0:
+            return x  # torch's instance norm refuses an empty batch
+        if self.BN is None and self.IN is not None:
+            return self.IN(x)
+        if self.IN is None and self.BN is not None:
+            return self.BN(x)
+        assert self.IN is not None and self.BN is not None
+        if self.order == "in-first":
+            return torch.cat([self.IN(x[:, : self.instances]), self.BN(x[:, self.instances :])], 1)
+        rest = x.shape[1] - self.instances
+        return torch.cat([self.BN(x[:, :rest]), self.IN(x[:, rest:])], 1)
+
+    def folded(self) -> nn.Module:
+        """Return the one normaliser this is at ratio 0 or 1; raises `Stays` between."""
+        import copy
+
+        if self.IN is not None and self.BN is not None:
+            raise Stays("IBN: its instance-normalised channels depend on the input at inference.")
+        only = self.IN if self.BN is None else self.BN
+        assert only is not None
+        return copy.deepcopy(only).eval()
+
+    def extra_repr(self) -> str:
+        return f"instances={self.instances}, order={self.order!r}"
+
+
+def _ibn_from(norm: nn.BatchNorm2d, ratio: float, other: Literal["batch", "group"]) -> IBN:
+    made = IBN(norm.num_features, ratio, norm.eps, norm.momentum, other=other)
+    if norm.weight is None or norm.running_mean is None:
+        raise UsageError("to_ibn: a batch norm without scale or running statistics cannot be taken over.")
+    made.to(norm.weight)  # type: ignore[arg-type]
+    half = made.instances
+    with torch.no_grad():
+        if made.IN is not None:
+            made.IN.weight.copy_(norm.weight[:half])
+            made.IN.bias.copy_(norm.bias[:half])
+        if made.BN is not None:
+            made.BN.weight.copy_(norm.weight[half:])  # type: ignore[operator]
+            made.BN.bias.copy_(norm.bias[half:])  # type: ignore[operator]
+        if isinstance(made.BN, nn.BatchNorm2d):
+            made.BN.running_mean.copy_(norm.running_mean[half:])  # type: ignore[union-attr]
+            made.BN.running_var.copy_(norm.running_var[half:])  # type: ignore[union-attr, index]
+            made.BN.num_batches_tracked.copy_(norm.num_batches_tracked)  # type: ignore[union-attr, arg-type]
+    return made.train(norm.training)
+
+
+def to_ibn(
+    model: nn.Module,
+    variant: Kind = "a",
+    stages: int | None = None,
+    *,
+    cfg: Sequence[Kind | None] | None = None,
+    ratio: float = 0.5,
+    other: Literal["batch", "group"] = "batch",
+) -> nn.Module:
+    """Make an IBN-Net of a residual network, in place, and return it; scales, shifts and statistics are taken over.
+
+    Variant "a": the first normaliser of each block of the first three stages becomes `IBN`. Variant "b": an affine
+    `nn.InstanceNorm2d` after the addition in the last block of the first two stages, and instance norm in the stem:
+    stronger invariance, for other domains. The identity path is not touched.
+
+    Args:
+        model: a residual network with stages ``layer1``, ``layer2`` ... (convette, torchvision, timm).
+        variant: "a" or "b".
+        stages: how many stages from the first; None: 3 for "a", 2 for "b". Use 2 for "a" on 32 px images.
+        cfg: the variant of each stage instead, as ("a", "a", "b", None).
+        ratio: share of instance-normalised channels.
+        other: what stands beside instance norm; "group" for small batches.
+
+    Raises:
+        UsageError: no residual blocks, no batch norms where they are expected, or all stages chosen: instance norm in
+            the last one takes the evidence for classes away.
+    """
+    blocks = residual_blocks(model)
+    if not blocks:
+        raise UsageError("to_ibn: found no residual blocks (modules with conv1, bn1, conv2, bn2 and a shortcut).")
+    total = max(block.stage for block in blocks) + 1
+    if cfg is None:
+        count = stages if stages is not None else min(3 if variant == "a" else 2, total - 1)
+        cfg = (variant,) * count
+    wanted = [*cfg, *[None] * (total - len(cfg))]
+    if len(wanted) > total or wanted[-1] is not None or any(kind not in ("a", "b", None) for kind in wanted):
+        raise UsageError(
+            f"to_ibn: {wanted} for {total} stages; each is 'a', 'b' or None, and the last stage must stay without."
+        )
+    last = {block.stage: block for block in blocks}
+    chosen: dict[str, nn.Module] = {}
+    for block in blocks:
+        kind = wanted[block.stage]
+        if kind == "a":
+            norm = getattr(block.module, block.norms[0])
+            if not isinstance(norm, nn.BatchNorm2d):
+                raise UsageError(f"to_ibn: {block.name}.{block.norms[0]} is {type(norm).__name__}, no batch norm.")
+            chosen[f"{block.name}.{block.norms[0]}"] = _ibn_from(norm, ratio, other)
+        elif kind == "b" and last[block.stage] is block:
+            check_plain(block, "to_ibn")
+            width = getattr(block.module, block.norms[-1]).num_features
+            weight = next(block.module.parameters())
+            chosen[block.name] = TailNormBlock(block, nn.InstanceNorm2d(width, affine=True).to(weight))  # type: ignore[arg-type]
+    if "b" in wanted:
+        stem = next((n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)), None)
+        norm = model.get_submodule(stem) if stem is not None else None
+        if stem is None or not isinstance(norm, nn.BatchNorm2d) or any(stem.startswith(b.name + ".") for b in blocks):
+            raise UsageError("to_ibn: variant 'b' found no batch norm in the stem.")
+        chosen[stem] = _ibn_from(norm, 1.0, "batch").folded().train(norm.training)
+    return replace_modules(model, lambda name, _: chosen.get(name))
+
+
+def resnet50_ibn_a(num_classes: int = 1000) -> nn.Module:
+    """Return ResNet-50-IBN-a: 25,557,032 parameters for 1000 classes, as many as ResNet-50 (arXiv 1807.09441)."""
+    from torchvision.models import resnet50
+
+    return to_ibn(resnet50(num_classes=num_classes), "a")
+
+
+def resnet50_ibn_b(num_classes: int = 1000) -> nn.Module:
+    """Return ResNet-50-IBN-b: 25,558,568 parameters for 1000 classes (arXiv 1807.09441)."""
+    from torchvision.models import resnet50
+
+    return to_ibn(resnet50(num_classes=num_classes), "b")
