@@ -13,7 +13,7 @@ from convette.errors import FileFormatError, UsageError, did_you_mean
 from convette.models import _weights
 from convette.models._libraries import from_callable, from_timm, from_torchvision
 from convette.models._origin import check_arguments
-from convette.surgery import Origin, load_model, save_model, structure_log
+from convette.surgery import Origin, build_stitched, load_model, save_model, structure_log
 
 Stem = Literal["default", "small"]
 
@@ -116,6 +116,8 @@ def build_from_origin(origin: Origin) -> nn.Module:
 def _rebuild(constructor: str, arguments: dict[str, Any]) -> nn.Module:
     source, _, name = constructor.partition(":")
     if source == "convette":
+        if name == "stitch":
+            return build_stitched(arguments, build_from_origin)
         if name not in CONSTRUCTORS:
             raise FileFormatError(f"origin {constructor!r:.80}: unknown.{did_you_mean(name, CONSTRUCTORS)}")
         function = _constructor(name)

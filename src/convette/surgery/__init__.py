@@ -22,6 +22,7 @@ from convette.surgery._insert import Insert, ZeroGammaBlock, insert
 from convette.surgery._log import ModelCard, Origin, StructureLog, card_of, set_card, set_origin, structure_log
 from convette.surgery._masked import masked
 from convette.surgery._remove import Remove, removable, remove
+from convette.surgery._stitch import Stitch, Stitched, build_stitched, stitch
 from convette.surgery._trace import trace
 from convette.surgery._tracer import FrozenOperator
 
@@ -51,10 +52,13 @@ __all__ = [
     "Scale",
     "Selection",
     "Shrink",
+    "Stitch",
+    "Stitched",
     "StructureChange",
     "StructureLog",
     "ZeroGammaBlock",
     "apply",
+    "build_stitched",
     "card_of",
     "convert",
     "convert_edits",
@@ -75,6 +79,7 @@ __all__ = [
     "save_model",
     "set_card",
     "set_origin",
+    "stitch",
     "structure_log",
     "trace",
     "trusting",

@@ -1,0 +1,396 @@
+"""Stitching: the front of one network, a linear layer, the back of another (arXiv 2106.07682, 2302.06586)."""
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convette.errors import FileFormatError, StructureError
+from convette.surgery._apply import relative_error, replay
+from convette.surgery._edits import Edit, find_module
+from convette.surgery._edits_json import edit_from_json
+from convette.surgery._log import Origin, set_origin, structure_log
+from convette.surgery._trace import call, evaluating, outputs_of
+
+CONSTRUCTOR = "convette:stitch"
+_DEEPEST = 8
+_MOST_CHANNELS, _MOST_SCALE, _MOST_NAMES = 1 << 20, 64, 100_000
+
+
+class _Reached(Exception):
+    """Carries out of the front what its last module gave."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+def _stop(module: nn.Module, args: Any, output: Any) -> None:
+    raise _Reached(output)
+
+
+class Skip(nn.Module):
+    """In place of a module whose result is not used: gives back what it reads."""
+
+    def forward(self, x: Any = None, *others: Any, **named: Any) -> Any:
+        """Return `x`."""
+        return x
+
+
+class Feed(nn.Module):
+    """In place of the module at which a network is entered: gives what it was handed, whatever it reads."""
+
+    def __init__(self) -> None:
+        """Hold nothing."""
+        super().__init__()
+        self.held: Any = None
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """Return what is held."""
+        return self.held
+
+
+class Stitched(nn.Module):
+    """``back(stitch(front(x)))``: `front` runs up to its module `front_at`, `back` goes on after its `back_at`.
+
+    Modules of the two that no longer matter are gone (`Skip`); both keep their own forward. Made by `stitch`.
+    """
+
+    def __init__(self, front: nn.Module, front_at: str, stitch: nn.Module, back: nn.Module, back_at: str) -> None:
+        """Take `front` and `back` over as they are but for the two modules named."""
+        super().__init__()
+        self.front, self.stitch, self.back = front, stitch, back
+        self.feed_name = back_at
+        find_module(front, front_at).register_forward_hook(_stop)
+        owner, _, leaf = back_at.rpartition(".")
+        find_module(back, owner)._modules[leaf] = Feed()
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """Return what the back makes of the front's stitched activations."""
+        try:
+            self.front(*args, **named)
+        except _Reached as reached:
+            value = self.stitch(reached.value)
+        else:
+            raise RuntimeError("the front of a stitched network ended without reaching its cut.")
+        return fed(self.back, self.feed_name, value)
+
+
+def fed(back: nn.Module, name: str, value: Tensor) -> Any:
+    """Run `back` from its module `name` (a `Feed`) on with `value`."""
+    feed = back.get_submodule(name)
+    assert isinstance(feed, Feed)
+    feed.held = value
+    try:
+        return back(value)
+    finally:
+        feed.held = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two networks: origin and edits, the module where it is cut, and the modules that are gone."""
+
+    origin: Origin
+    edits: tuple[Edit, ...]
+    at: str
+    skipped: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the side as a JSON object."""
+        return {
+            "origin": self.origin.to_json(),
+            "edits": [edit.to_json() for edit in self.edits],
+            "at": self.at,
+            "skipped": list(self.skipped),
+        }
+
+    @staticmethod
+    def from_json(value: Any) -> "Side":
+        """Read a side; raises `FileFormatError` where it is malformed."""
+        if not isinstance(value, dict):
+            raise FileFormatError("a stitched network must say what its front and its back are.")
+        at, skipped, edits = value.get("at"), value.get("skipped", []), value.get("edits", [])
+        if not isinstance(at, str) or not at:
+            raise FileFormatError("a stitched network must name the module at which each side is cut.")
+        if not isinstance(skipped, list) or len(skipped) > _MOST_NAMES or not all(_is_name(item) for item in skipped):
+            raise FileFormatError("a stitched network must list the modules it skips by name.")
+        if not isinstance(edits, list):
+            raise FileFormatError("the edits of a stitched network's side must be a list.")
+        return Side(Origin.from_json(value.get("origin")), tuple(map(edit_from_json, edits)), at, tuple(skipped))
+
+
+def _is_name(item: Any) -> bool:
+    return isinstance(item, str) and 0 < len(item) <= 500
+
+
+@dataclass(frozen=True)
+class Stitch:
+    """How a stitched network is made, as data: its two sides and the layer between.
+
+    `layer` is "conv" (1x1, for maps) or "linear" (for tokens and vectors); before it maps are averaged over
+    `pool` x `pool` places or repeated `upsample` times in each direction, so that the sizes agree.
+    """
+
+    front: Side
+    back: Side
+    in_channels: int
+    out_channels: int
+    layer: str = "conv"
+    pool: int = 1
+    upsample: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as a JSON object."""
+        sizes = {key: getattr(self, key) for key in ("in_channels", "out_channels", "layer", "pool", "upsample")}
+        return {"front": self.front.to_json(), "back": self.back.to_json(), **sizes}
+
+    @staticmethod
+    def from_json(value: Any) -> "Stitch":
+        """Read a recipe; raises `FileFormatError` where it is malformed or nested too deep."""
+        if not isinstance(value, dict):
+            raise FileFormatError("a stitched network's arguments must be an object.")
+        if _depth(value) > _DEEPEST:
+            raise FileFormatError(f"networks stitched of stitched ones more than {_DEEPEST} deep are not built.")
+        sizes: dict[str, Any] = {"layer": value.get("layer", "conv")}
+        if sizes["layer"] not in ("conv", "linear"):
+            raise FileFormatError(f"the layer of a stitched network is 'conv' or 'linear', not {sizes['layer']!r:.40}.")
+        limits = {"in_channels": _MOST_CHANNELS, "out_channels": _MOST_CHANNELS}
+        for name, most in {**limits, "pool": _MOST_SCALE, "upsample": _MOST_SCALE}.items():
+            size = value.get(name, 1)
+            if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
+                raise FileFormatError(f"{name} of a stitched network must be a whole number from 1 to {most}.")
+            sizes[name] = size
+        if sizes["in_channels"] * sizes["out_channels"] > 1 << 28:
+            raise FileFormatError("the layer of a stitched network would be too large.")
+        return Stitch(Side.from_json(value.get("front")), Side.from_json(value.get("back")), **sizes)
+
+    def assemble(self, front: nn.Module, back: nn.Module) -> Stitched:
+        """Return the stitched network of two built ones, which become parts of it; the layer's weights are drawn.
+
+        Raises `StructureError` where a module that is named is not there.
+        """
+        for model, side in ((front, self.front), (back, self.back)):
+            find_module(model, side.at)
+            skip(model, side.skipped, side.at)
+            forget_log(model)
+        return Stitched(front, self.front.at, self.connection(), back, self.back.at)
+
+    def connection(self) -> nn.Module:
+        """Return the layer between, after what makes the sizes agree."""
+        if self.layer == "linear":
+            return nn.Linear(self.in_channels, self.out_channels)
+        layers: list[nn.Module] = [nn.Conv2d(self.in_channels, self.out_channels, 1)]
+        if self.pool > 1:
+            layers.insert(0, nn.AvgPool2d(self.pool))
+        if self.upsample > 1:
+            layers.append(nn.Upsample(scale_factor=self.upsample))
+        return nn.Sequential(*layers)
+
+
+def _depth(value: Any) -> int:
+    """Return how deep stitched networks are nested in a recipe, at most one more than allowed."""
+    level, sides = 1, [value]
+    while level <= _DEEPEST:
+        inner = []
+        for item in sides:
+            for key in ("front", "back"):
+                side = item.get(key) if isinstance(item, dict) else None
+                origin = side.get("origin") if isinstance(side, dict) else None
+                if isinstance(origin, dict) and origin.get("constructor") == CONSTRUCTOR:
+                    inner.append(origin.get("arguments"))
+        if not inner:
+            return level
+        sides = inner[:64]
+        level += 1
+    return level
+
+
+def skip(model: nn.Module, names: Iterable[str], at: str) -> None:
+    """Put `Skip` in place of modules of `model`; raises `StructureError` for one that the cut `at` lies in."""
+    for name in names:
+        if at == name or at.startswith(f"{name}."):
+            raise StructureError(f"module {name!r} cannot be skipped: the cut at {at!r} lies in it.")
+        owner, _, leaf = name.rpartition(".")
+        find_module(model, name)
+        find_module(model, owner)._modules[leaf] = Skip()
+
+
+def forget_log(model: nn.Module) -> None:
+    """Take the log and card off a network that becomes part of another."""
+    for key in ("_convette_structure_log", "_convette_model_card"):
+        model.__dict__.pop(key, None)
+
+
+def build_stitched(arguments: dict[str, Any], build: Callable[[Origin], nn.Module]) -> nn.Module:
+    """Return the stitched network that the arguments of its origin describe; `build` makes the two sides.
+
+    Raises `FileFormatError` where they are malformed, or the edits or cuts do not fit.
+    """
+    recipe = Stitch.from_json(arguments)
+    try:
+        sides = [replay(build(side.origin), side.edits) for side in (recipe.front, recipe.back)]
+        return set_origin(recipe.assemble(*sides), Origin(CONSTRUCTOR, arguments))
+    except StructureError as error:
+        raise FileFormatError(f"origin {CONSTRUCTOR!r}: {error}") from error
+
+
+# Making one -----------------------------------------------------------------------------------------------------------
+
+
+def stitch(
+    front: nn.Module, front_at: str, back: nn.Module, back_at: str, example: Any, *, tolerance: float = 1e-5
+) -> Stitched:
+    """Return a new network: `front` up to its module `front_at`, a linear layer, `back` after its module `back_at`.
+
+    The layer (a 1x1 convolution for maps, a linear one for tokens or vectors; averaging or repeating where the maps'
+    sizes differ by a whole factor) is the least-squares fit, on the batch `example`, of what `back_at` gives in `back`
+    by what `front_at` gives in `front`: ``min |W·a + b - target|²``. Use many images: at least a few values for each
+    channel. The two networks are left as they are; copies become parts. Where both have an origin the result has one.
+
+    Raises `StructureError` where a module does not give one tensor, the sizes do not agree, or `back` cannot be cut
+    there (something passes around the cut; checked by feeding it its own activations).
+    Cost: four runs of the networks, and the fit (values x channels²).
+    """
+    front_value, _, unused = _watched(front, front_at, example)
+    back_value, over, _ = _watched(back, back_at, example)
+    with evaluating(back):
+        whole = [item.clone() for item in outputs_of(call(back, example), [])]
+    recipe = _recipe(
+        Side(_origin(front), tuple(structure_log(front).edits), front_at, tuple(unused)),
+        Side(_origin(back), tuple(structure_log(back).edits), back_at, tuple(over)),
+        front_value,
+        back_value,
+    )
+    made = recipe.assemble(copy.deepcopy(front), copy.deepcopy(back))
+    made.stitch.to(back_value)
+    _check_cut(made, back_value, whole, tolerance)
+    _fit(made.stitch, front_value, back_value)
+    if structure_log(front).origin is not None and structure_log(back).origin is not None:
+        set_origin(made, Origin(CONSTRUCTOR, recipe.to_json()))
+    return made.eval()
+
+
+def _origin(model: nn.Module) -> Origin:
+    return structure_log(model).origin or Origin("unknown")
+
+
+def _watched(model: nn.Module, at: str, example: Any) -> tuple[Tensor, list[str], list[str]]:
+    """Return what module `at` gives, the modules that only run before it, and those that only run after it."""
+    cut = find_module(model, at)
+    names = {id(module): name for name, module in model.named_modules()}
+    before: set[str] = set()
+    after: set[str] = set()
+    given: list[Any] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        (after if given else before).add(names[id(module)])
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        given.append(output)
+
+    handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    handles.append(cut.register_forward_hook(leave))
+    try:
+        with evaluating(model):
+            call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(given) != 1 or not isinstance(given[0], Tensor):
+        what = f"runs {len(given)} times" if len(given) != 1 else f"gives a {type(given[0]).__name__}"
+        raise StructureError(f"a network can be cut at a module that runs once and gives one tensor; {at!r} {what}.")
+    inside = {name for name in before if name == at or name.startswith(f"{at}.")}
+    return (
+        given[0].detach().clone(),
+        _outermost(model, before - after - inside, at),
+        _outermost_unused(model, before, at),
+    )
+
+
+def _around(at: str, name: str) -> bool:
+    return not name or at == name or at.startswith(f"{name}.")
+
+
+def _outermost(model: nn.Module, names: set[str], at: str) -> list[str]:
+    """Return the outermost of `names`, leaving out what holds the cut and what holds modules that still run."""
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        if name in names and not _around(at, name) and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
+
+
+def _outermost_unused(model: nn.Module, before: set[str], at: str) -> list[str]:
+    """Return the outermost modules in which nothing runs before the cut does."""
+    needed = {prefix for name in before for prefix in _prefixes(name)} | set(_prefixes(at))
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        inside_needed = at and name.startswith(f"{at}.")
+        if name not in needed and not inside_needed and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return ["", *(".".join(parts[: k + 1]) for k in range(len(parts)))]
+
+
+def _recipe(front: Side, back: Side, given: Tensor, target: Tensor) -> Stitch:
+    shapes = f"{tuple(given.shape)} ({front.at!r}) and {tuple(target.shape)} ({back.at!r})"
+    if given.ndim != target.ndim or given.ndim not in (2, 3, 4):
+        raise StructureError(
+            f"no layer joins {tuple(given.shape)} ({front.at!r}) and {tuple(target.shape)} ({back.at!r})."
+        )
+    if given.ndim < 4:
+        if given.shape[:-1] != target.shape[:-1]:
+            raise StructureError(f"no layer joins {shapes}: all but the last size must agree.")
+        return Stitch(front, back, given.shape[-1], target.shape[-1], "linear")
+    (h, w), (height, width) = given.shape[2:], target.shape[2:]
+    pool = h // height if h % height == 0 and w % width == 0 and h // height == w // width else 0
+    upsample = height // h if height % h == 0 and width % w == 0 and height // h == width // w else 0
+    if not pool and not upsample:
+        raise StructureError(
+            f"no whole factor between maps of {h}x{w} ({front.at!r}) and {height}x{width} ({back.at!r})."
+        )
+    return Stitch(front, back, given.shape[1], target.shape[1], "conv", pool or 1, upsample or 1)
+
+
+def _check_cut(made: Stitched, value: Tensor, whole: list[Tensor], tolerance: float) -> None:
+    try:
+        with evaluating(made):
+            again = outputs_of(fed(made.back, made.feed_name, value), [])
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise StructureError(f"the back does not run from {made.feed_name!r} on: {reason}") from error
+    fits = len(again) == len(whole) and all(a.shape == b.shape for a, b in zip(whole, again, strict=True))
+    if not fits or any(not relative_error(a, b) <= tolerance for a, b in zip(whole, again, strict=True)):
+        raise StructureError(
+            f"the back cannot be cut at {made.feed_name!r}: fed its own activations it gives something else (an input "
+            "or an earlier layer passes around that module). Cut where everything passes through, such as a stage."
+        )
+
+
+def _fit(layer: nn.Module, given: Tensor, target: Tensor) -> None:
+    """Set the weights of a connection to the least-squares fit of `target` by `given`, in double precision."""
+    linear: Any = layer
+    if isinstance(layer, nn.Sequential):
+        steps = list(layer)
+        linear = next(step for step in steps if isinstance(step, nn.Conv2d))
+        if isinstance(steps[0], nn.AvgPool2d):
+            given = steps[0](given)
+        if isinstance(steps[-1], nn.Upsample):
+            target = nn.functional.avg_pool2d(target, int(steps[-1].scale_factor))  # type: ignore[arg-type]
+        given, target = (item.movedim(1, -1) for item in (given, target))
+    a = given.reshape(-1, given.shape[-1]).double()
+    b = target.reshape(-1, target.shape[-1]).double()
+    means = a.mean(0), b.mean(0)
+    left = (a - means[0]).cpu()
+    weight = torch.linalg.lstsq(left, (b - means[1]).cpu(), driver="gelsd").solution.T.to(a.device)
+    with torch.no_grad():
+        linear.weight.copy_(weight.view(linear.weight.shape))
+        linear.bias.copy_(means[1] - weight @ means[0])
