@@ -1,6 +1,6 @@
 """ResNet-56 to half its MACs and back: our pruning next to magnitude pruning with Torch-Pruning, the same recovery.
 
-    python benchmarks/pruning_resnet56.py                 # everything: half an hour on two cores
+    python benchmarks/pruning_resnet56.py                 # everything: an hour or more on two cores
     python benchmarks/pruning_resnet56.py --images 600 --epochs 1 --arms l1 tp_l2_global
 
 Every arm starts from the given weights, is pruned to the same limit on MACs (our counter for all), gets its
@@ -169,7 +169,7 @@ def result(options, settings, data, arms, started) -> dict[str, Any]:
         "budget": options.budget,
         "epochs": options.epochs,
         "seed": options.seed,
-        "recovery": asdict(settings),
+        "recovery": {**asdict(settings), "epochs": options.epochs},
         "best_on_validation": max(measured, key=lambda name: measured[name]["validation_accuracy"], default=None),
         "arms": arms,
         "torch_pruning": importlib.metadata.version("torch-pruning"),
