@@ -93,6 +93,22 @@ def test_trained_cut_saved_and_nested(tmp_path):
     assert torch.equal(output(surgery.load_model(tmp_path / "b.safetensors", build)), output(nested))
 
 
+def test_a_front_that_cannot_run_on_is_left_at_its_cut():
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Linear(4, 7)
+
+        def forward(self, x):
+            return self.b(self.a(x).mean((2, 3))).view(-1, 7)
+
+    for front, stop in ((Viewing(), True), (resnet(), False)):
+        made = surgery.stitch(front, "a" if stop else "layer1", resnet(), "layer1", IMAGES)
+        assert made.catcher.stop == stop
+        twin = copy.deepcopy(made)
+        assert torch.equal(output(twin), output(made)) and made.catcher.value is None
+
+
 def test_tokens():
     class Tokens(nn.Module):
         def __init__(self, width):
@@ -146,6 +162,7 @@ def test_cuts_that_cannot_be():
         lambda v: v.update(in_channels=1 << 19, out_channels=1 << 19),
         lambda v: v.update(pool=0),
         lambda v: v.update(layer="lambda"),
+        lambda v: v.update(stop=1),
     ],
 )
 def test_tampered_recipes_are_refused(damage):

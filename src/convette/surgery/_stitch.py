@@ -1,6 +1,7 @@
 """Stitching: the front of one network, a linear layer, the back of another (arXiv 2106.07682, 2302.06586)."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,17 @@ class _Reached(Exception):
         self.value = value
 
 
-def _stop(module: nn.Module, args: Any, output: Any) -> None:
-    raise _Reached(output)
+class _Catcher:
+    """A hook that keeps what a module gives and, with `stop`, ends the run there."""
+
+    def __init__(self, stop: bool) -> None:
+        self.stop = stop
+        self.value: Any = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.stop:
+            raise _Reached(output)
+        self.value = output
 
 
 class Skip(nn.Module):
@@ -56,27 +66,33 @@ class Feed(nn.Module):
 class Stitched(nn.Module):
     """``back(stitch(front(x)))``: `front` runs up to its module `front_at`, `back` goes on after its `back_at`.
 
-    Modules of the two that no longer matter are gone (`Skip`); both keep their own forward. Made by `stitch`.
+    Modules of the two that no longer matter are gone (`Skip`); both keep their own forward. What the front's does
+    between them after its cut (a flatten, a mean) still runs, to no effect, unless `stop` ends it by an exception,
+    which exporters do not follow. Made by `stitch`.
     """
 
-    def __init__(self, front: nn.Module, front_at: str, stitch: nn.Module, back: nn.Module, back_at: str) -> None:
+    def __init__(
+        self, front: nn.Module, front_at: str, stitch: nn.Module, back: nn.Module, back_at: str, stop: bool = False
+    ) -> None:
         """Take `front` and `back` over as they are but for the two modules named."""
         super().__init__()
         self.front, self.stitch, self.back = front, stitch, back
         self.feed_name = back_at
-        find_module(front, front_at).register_forward_hook(_stop)
+        self.catcher = _Catcher(stop)
+        find_module(front, front_at).register_forward_hook(self.catcher)
         owner, _, leaf = back_at.rpartition(".")
         find_module(back, owner)._modules[leaf] = Feed()
 
-    def forward(self, *args: Any, **named: Any) -> Any:
-        """Return what the back makes of the front's stitched activations."""
+    def forward(self, x: Tensor) -> Any:
+        """Return what the back makes of the front's stitched activations on `x`."""
         try:
-            self.front(*args, **named)
+            self.front(x)
+            value = self.catcher.value
         except _Reached as reached:
-            value = self.stitch(reached.value)
-        else:
-            raise RuntimeError("the front of a stitched network ended without reaching its cut.")
-        return fed(self.back, self.feed_name, value)
+            value = reached.value
+        finally:
+            self.catcher.value = None
+        return fed(self.back, self.feed_name, self.stitch(value))
 
 
 def fed(back: nn.Module, name: str, value: Tensor) -> Any:
@@ -132,7 +148,8 @@ class Stitch:
     """How a stitched network is made, as data: its two sides and the layer between.
 
     `layer` is "conv" (1x1, for maps) or "linear" (for tokens and vectors); before it maps are averaged over
-    `pool` x `pool` places or repeated `upsample` times in each direction, so that the sizes agree.
+    `pool` x `pool` places or repeated `upsample` times in each direction, so that the sizes agree. `stop`: the front
+    must be left at its cut, see `Stitched`.
     """
 
     front: Side
@@ -142,10 +159,13 @@ class Stitch:
     layer: str = "conv"
     pool: int = 1
     upsample: int = 1
+    stop: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as a JSON object."""
-        sizes = {key: getattr(self, key) for key in ("in_channels", "out_channels", "layer", "pool", "upsample")}
+        sizes = {
+            key: getattr(self, key) for key in ("in_channels", "out_channels", "layer", "pool", "upsample", "stop")
+        }
         return {"front": self.front.to_json(), "back": self.back.to_json(), **sizes}
 
     @staticmethod
@@ -155,7 +175,9 @@ class Stitch:
             raise FileFormatError("a stitched network's arguments must be an object.")
         if _depth(value) > _DEEPEST:
             raise FileFormatError(f"networks stitched of stitched ones more than {_DEEPEST} deep are not built.")
-        sizes: dict[str, Any] = {"layer": value.get("layer", "conv")}
+        sizes: dict[str, Any] = {"layer": value.get("layer", "conv"), "stop": value.get("stop", False)}
+        if not isinstance(sizes["stop"], bool):
+            raise FileFormatError("stop of a stitched network must be true or false.")
         if sizes["layer"] not in ("conv", "linear"):
             raise FileFormatError(f"the layer of a stitched network is 'conv' or 'linear', not {sizes['layer']!r:.40}.")
         limits = {"in_channels": _MOST_CHANNELS, "out_channels": _MOST_CHANNELS}
@@ -177,7 +199,7 @@ class Stitch:
             find_module(model, side.at)
             skip(model, side.skipped, side.at)
             forget_log(model)
-        return Stitched(front, self.front.at, self.connection(), back, self.back.at)
+        return Stitched(front, self.front.at, self.connection(), back, self.back.at, self.stop)
 
     def connection(self) -> nn.Module:
         """Return the layer between, after what makes the sizes agree."""
@@ -242,7 +264,7 @@ def build_stitched(arguments: dict[str, Any], build: Callable[[Origin], nn.Modul
 
 
 def stitch(
-    front: nn.Module, front_at: str, back: nn.Module, back_at: str, example: Any, *, tolerance: float = 1e-5
+    front: nn.Module, front_at: str, back: nn.Module, back_at: str, example: Tensor, *, tolerance: float = 1e-5
 ) -> Stitched:
     """Return a new network: `front` up to its module `front_at`, a linear layer, `back` after its module `back_at`.
 
@@ -267,11 +289,25 @@ def stitch(
     )
     made = recipe.assemble(copy.deepcopy(front), copy.deepcopy(back))
     made.stitch.to(back_value)
+    if not _runs(made, example):
+        recipe = dataclasses.replace(recipe, stop=True)
+        made.catcher.stop = True
     _check_cut(made, back_value, whole, tolerance)
     _fit(made.stitch, front_value, back_value)
     if structure_log(front).origin is not None and structure_log(back).origin is not None:
         set_origin(made, Origin(CONSTRUCTOR, recipe.to_json()))
     return made.eval()
+
+
+def _runs(made: Stitched, example: Tensor) -> bool:
+    try:
+        with evaluating(made):
+            made.front(example)
+        return True
+    except Exception:  # What the front does after its cut may not fit what is left of it.
+        return False
+    finally:
+        made.catcher.value = None
 
 
 def _origin(model: nn.Module) -> Origin:
