@@ -49,7 +49,12 @@ def forget_caches(model: nn.Module) -> None:
     """Empty the tensors that modules keep from earlier runs (``attention_bias_cache`` and the like)."""
     for module in model.modules():
         for name, value in vars(module).items():
-            if "cache" in name and isinstance(value, dict) and all(isinstance(item, Tensor) for item in value.values()):
+            if (
+                name[0] != "_"
+                and "cache" in name
+                and isinstance(value, dict)
+                and all(isinstance(item, Tensor) for item in value.values())
+            ):
                 value.clear()
 
 
@@ -257,14 +262,20 @@ def _cut(model: nn.Module, kept: Mapping[tuple[str, int], tuple[int, ...]], chan
     by_name: dict[str, dict[int, Tensor]] = {}
     tensors: dict[str, Tensor] = {}
     cache: dict[int, Tensor] = {}
+    checked: set[tuple[int, int]] = set()
+    known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for (name, dim), indices in kept.items():
         tensor = tensors.get(name)
         if tensor is None:
-            tensor = tensors[name] = find_tensor(model, name)
+            tensor = tensors[name] = known[name] if name in known else find_tensor(model, name)
         index = cache.get(id(indices))
         if index is None:
             index = cache[id(indices)] = torch.tensor(indices, dtype=torch.int64)
-        _check_indices(name, dim, index, tensor)
+        if not 0 <= dim < tensor.ndim:
+            raise StructureError(f"{name!r} has {tensor.ndim} dimensions; the edit asks for dimension {dim}.")
+        if (id(indices), tensor.shape[dim]) not in checked:
+            _check_indices(name, dim, index, tensor)
+            checked.add((id(indices), tensor.shape[dim]))
         by_name.setdefault(name, {})[dim] = index
     places = holders(model)
     for name, dims in by_name.items():
@@ -280,8 +291,6 @@ def _cut(model: nn.Module, kept: Mapping[tuple[str, int], tuple[int, ...]], chan
 
 
 def _check_indices(name: str, dim: int, index: Tensor, tensor: Tensor) -> None:
-    if not 0 <= dim < tensor.ndim:
-        raise StructureError(f"{name!r} has {tensor.ndim} dimensions; the edit asks for dimension {dim}.")
     size = tensor.shape[dim]
     if len(index) == 0:
         raise StructureError(f"the edit would leave nothing of {name!r}.")

@@ -211,10 +211,12 @@ def build_groups(store: LabelStore, roots: np.ndarray) -> tuple[tuple[Group, ...
     first_use: dict[int, int] = {}
     for start, end in zip(starts, ends, strict=True):
         number = int(key[start])
-        members = np.unique(root[start:end])
+        members = units.get(number)
+        if members is None:
+            # Every slot of a make holds the same units.
+            members = units[number] = np.unique(root[start:end])
         slot = slots[slot_of[start]]
         index = torch.from_numpy(place[start:end].copy()).view(len(members), -1)
-        units[number] = members
         found.setdefault(number, []).append(Member(slot.parameter, slot.dim, index, slot.role, slot.module))
         if slot.role == "producer":
             first_use.setdefault(number, int(slot_of[start]))

@@ -16,6 +16,7 @@ from convette.surgery._tracer import family, function_name, numbers_in
 
 Sizes = tuple[tuple[int | float, ...], ...]
 _REWRITES = "_convette_rewrites"
+_FORWARD = "_convette_forward"
 
 
 def _shape_arguments(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
@@ -42,6 +43,15 @@ def _shape_arguments(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[list
     if name in ("full", "new_full"):
         return [given], lambda new: ((*args[:start], tuple(new), *args[start + 1 :]), kwargs)
     return list(args[start:]), lambda new: ((*args[:start], *new), kwargs)
+
+
+def whole_shape(name: str, args: Any, kwargs: dict[str, Any], expected: Any) -> tuple[list[Any], list[Any]]:
+    """Return all sizes a shape-giving call has, and all it must have."""
+    given, _ = _shape_arguments(name, args, kwargs)
+    new = list(given)
+    for axis, size in expected:
+        new[axis] = size
+    return given, new
 
 
 def _new_shape(given: list[Any], expected: Any, name: str) -> list[Any]:
@@ -292,8 +302,9 @@ class RewrittenForward:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward with the sizes it has now."""
+        own = self.__dict__.get(_FORWARD)
         with _RewriteMode(self, self.__dict__[_REWRITES]):  # type: ignore[arg-type]
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return own(*args, **kwargs) if own is not None else super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy by naming the original class: the mixed one exists only at run time."""
@@ -323,9 +334,16 @@ def rewrite_calls(model: nn.Module, rewrites: Sequence[Rewrite], change: Change)
         module.__dict__[_REWRITES] = tuple(table.values())
         if not isinstance(module, RewrittenForward):
             module.__class__ = _mixed(old_class)
+        # A forward chosen in the constructor hides the class's: it is kept aside and run inside ours.
+        chosen = module.__dict__.pop("forward", None)
+        if chosen is not None:
+            module.__dict__[_FORWARD] = chosen
 
-        def back(module: nn.Module = module, old_class: type = old_class, old: Any = old) -> None:
+        def back(module: nn.Module = module, old_class: type = old_class, old: Any = old, own: Any = chosen) -> None:
             module.__class__ = old_class
+            if own is not None:
+                module.__dict__.pop(_FORWARD, None)
+                module.__dict__["forward"] = own
             if old is None:
                 module.__dict__.pop(_REWRITES, None)
             else:

@@ -48,12 +48,16 @@ def _kept_indices(graph: ChannelGraph, keep: Tensor) -> dict[tuple[str, int], tu
     stays = keep[graph.roots[torch.cat([slot.labels for slot in slots])]]
     # One tuple for equal lists: they are compared, written and turned into tensors once.
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
+    seen: dict[int, tuple[int, ...]] = {}
     for slot, stay in zip(slots, stays.split([len(slot.labels) for slot in slots]), strict=True):
-        if not bool(stay.all()):
+        indices = seen.get(id(slot.labels))
+        if indices is None:
             indices = tuple(stay.nonzero().view(-1).tolist())
+            indices = seen[id(slot.labels)] = known.setdefault(indices, indices)
+        if len(indices) < len(slot.labels):
             if not indices:
                 raise StructureError(f"nothing would be left of {slot.parameter!r}.")
-            result[slot.parameter, slot.dim] = known.setdefault(indices, indices)
+            result[slot.parameter, slot.dim] = indices
     return result
 
 
@@ -88,9 +92,10 @@ def _static_attributes(
     # A parameter shared by several modules is listed under one name; the others hold the same tensor.
     attributes: Attributes = {}
     free = []
-    shared = _shared_owners(model, touched)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    shared = _shared_owners(model, modules, touched)
     for owner, leaves in shared.items():
-        module = find_module(model, owner)
+        module = modules[owner]
         shapes = {}
         for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
@@ -109,14 +114,14 @@ def _static_attributes(
 
 
 def _shared_owners(
-    model: nn.Module, touched: dict[str, dict[str, dict[int, int]]]
+    model: nn.Module, modules: Mapping[str, nn.Module], touched: dict[str, dict[str, dict[int, int]]]
 ) -> dict[str, dict[str, dict[int, int]]]:
     names: dict[int, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)
     result: dict[str, dict[str, dict[int, int]]] = {}
     for owner, leaves in touched.items():
-        module = find_module(model, owner)
+        module = modules[owner]
         for leaf, dims in leaves.items():
             tensor = getattr(module, leaf)
             full = f"{owner}.{leaf}" if owner else leaf
@@ -219,8 +224,17 @@ def _held_sizes(
     """Return, for each wrong literal, the attribute of the running module (or of one around it) that holds it."""
     wanted: dict[str, set[str]] = {}
     values: dict[str, tuple[Any, Any]] = {}
+    whole: dict[str, tuple[str, str, Any]] = {}
     for mismatch in wrong:
+        given, new = map(plain, mismatch.whole or ((), ()))
+        found = _attribute_holding(model, name, given, new, refused) if given else None
+        if found is not None:
+            whole.update({_literal_key(pair): found for pair in mismatch.literals})
         for pair in mismatch.literals:
+            if isinstance(pair[0], list) and isinstance(pair[1], list) and len(pair[0]) == len(pair[1]):
+                for part in zip(*pair, strict=True):
+                    wanted.setdefault(_literal_key(part), set()).add(repr(part[1]))
+                    values[_literal_key(part)] = part
             wanted.setdefault(_literal_key(pair), set()).add(repr(plain(pair[1])))
             values[_literal_key(pair)] = pair
     result = {}
@@ -231,7 +245,14 @@ def _held_sizes(
         found = _attribute_holding(model, name, plain(given), plain(new), refused)
         if found is not None:
             result[key] = found
-    return result
+    for mismatch in wrong:
+        # A list whose every changed item is held somewhere is held.
+        for pair in mismatch.literals:
+            if isinstance(pair[0], list) and _literal_key(pair) not in result and isinstance(pair[1], list):
+                parts = [part for part in zip(*pair, strict=False) if part[0] != part[1]]
+                if len(pair[0]) == len(pair[1]) and all(_literal_key(part) in result for part in parts):
+                    result[_literal_key(pair)] = result[_literal_key(parts[0])]
+    return {**result, **whole}
 
 
 def _attribute_holding(

@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from convette.errors import StructureError
 from convette.surgery._labels import narrowed, normalised, varying
-from convette.surgery._rewrites import given_sizes, rewritten
+from convette.surgery._rewrites import given_sizes, rewritten, whole_shape
 from convette.surgery._tracer import Layers, SizeCall, family, function_name, source_line, tensors_in
 
 Sizes = tuple[tuple[int | float, ...], ...]
@@ -117,9 +117,9 @@ class Expectation:
 class Mismatch:
     """A call that was given other sizes than it must be."""
 
-    def __init__(self, item: SizeCall, expected: Sizes, literals: list[tuple[Any, Any]], error: str = "") -> None:
-        """`literals`: pairs of what stood in the call and what must stand there."""
-        self.item, self.expected, self.literals, self.error = item, expected, literals, error
+    def __init__(self, item: SizeCall, expected: Sizes, literals: list[Any], whole: Any = None) -> None:
+        """`literals`: pairs of what stood in the call and what must stand there; `whole`: the same of all of it."""
+        self.item, self.expected, self.literals, self.whole = item, expected, literals, whole
 
 
 def changes(item: SizeCall, sizes: Any) -> bool:
@@ -197,10 +197,12 @@ class Probe(TorchFunctionMode):
         literals = given_sizes(item.kind, func, name, args, kwargs, expected)
         if not literals:
             return func(*args, **kwargs)
+        whole = None
         if item.kind == "shape":
             given = {axis for axis, _, _ in literals}
             expected = tuple(pair for pair in expected if pair[0] in given)
+            whole = whole_shape(name, args, kwargs, expected)
         literals = [pair[-2:] for pair in literals]
         out = rewritten(item.kind, func, name, args, kwargs, expected)
-        self.mismatches.append(Mismatch(item, expected, literals))
+        self.mismatches.append(Mismatch(item, expected, literals, whole))
         return out

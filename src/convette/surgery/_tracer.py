@@ -19,6 +19,7 @@ from convette.surgery._labels import LabelStore, Slot, spread, varying
 
 Layers = tuple[Tensor, ...]
 _TAG = "_convette_value"
+_CHECKER = f"{os.sep}jaxtyping{os.sep}"
 _HIDDEN = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
 
 
@@ -154,7 +155,7 @@ def source_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_HIDDEN) and not name.startswith("<"):
+        if not name.startswith((*_HIDDEN, "<")) and _CHECKER not in name:
             return f"{Path(name).parent.name}/{Path(name).name}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
@@ -169,6 +170,17 @@ def tensors_in(value: Any, found: list[Tensor]) -> list[Tensor]:
             tensors_in(item, found)
     elif isinstance(value, dict):
         for item in value.values():
+            tensors_in(item, found)
+    return found
+
+
+def inputs_of(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors among the arguments of a call, in order."""
+    found: list[Tensor] = []
+    for item in (*args, *kwargs.values()):
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, list | tuple | dict) and item:
             tensors_in(item, found)
     return found
 
@@ -471,7 +483,7 @@ class Tracer(TorchFunctionMode):
         self.counts[-1][kin] = seen + 1
         call = Call(index, name, func, args, kwargs, out, self.stack[-1], seen)
         self.records.calls.append((name, call.module))
-        inputs = [self.value(tensor) for tensor in tensors_in([args, kwargs], [])]
+        inputs = [self.value(tensor) for tensor in inputs_of(args, kwargs)]
         weight = all(value.weight for value in inputs)
         for source in {value.call for value in inputs if value.call >= 0}:
             self.records.uses[source] = self.records.uses.get(source, 0) + 1
@@ -540,7 +552,7 @@ def _kept_tensors(model: nn.Module) -> list[Tensor]:
     found: list[Tensor] = []
     for module in model.modules():
         for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
+            if name[0] != "_" and isinstance(value, Tensor | list | tuple | dict):
                 tensors_in(value, found)
     return found
 
