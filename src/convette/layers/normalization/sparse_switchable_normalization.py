@@ -120,7 +120,7 @@ class SparseSwitchNorm2d(nn.Module):
     running_var: Tensor
     radius: Tensor
     frozen: Tensor
-    kept_ratios: Tensor
+    picks: Tensor
 
     def __init__(
         self,
@@ -154,9 +154,10 @@ class SparseSwitchNorm2d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features, **where))
         self.register_buffer("running_var", torch.ones(num_features, **where))
         self.register_buffer("radius", torch.zeros((), **where))
-        # Of means and of variances: whether the ratios are decided, and what they then are.
+        # Of means and of variances: whether the ratios are decided, and for which candidate. Whole numbers, as an
+        # average over weights would take the middle of two choices.
         self.register_buffer("frozen", torch.tensor([count == 1] * 2, device=device))
-        self.register_buffer("kept_ratios", torch.ones(2, count, **where) / count)
+        self.register_buffer("picks", torch.zeros(2, dtype=torch.int64, device=device))
 
     @property
     def num_features(self) -> int:
@@ -196,8 +197,11 @@ class SparseSwitchNorm2d(nn.Module):
         logits = torch.stack([self.mean_logits, self.var_logits])
         live = sparsestmax(logits, self.radius, 1)
         # Through where, frozen ratios have gradient 0, and momentum left in an optimiser cannot move them.
-        p = torch.where(self.frozen[:, None], self.kept_ratios, live)
+        p = torch.where(self.frozen[:, None], self._kept().to(live.dtype), live)
         return p[0], p[1]
+
+    def _kept(self) -> Tensor:
+        return self.picks[:, None] == torch.arange(len(self.candidates), device=self.picks.device)
 
     @torch.no_grad()
     def set_radius(self, radius: float) -> None:
@@ -206,8 +210,7 @@ class SparseSwitchNorm2d(nn.Module):
         ratios = torch.stack(self.ratios())
         one_hot = ratios.amax(1) - ratios.amin(1) >= _ONE_HOT
         fresh = one_hot & ~self.frozen
-        exact = torch.nn.functional.one_hot(ratios.argmax(1), ratios.shape[1]).to(ratios.dtype)
-        self.kept_ratios.copy_(torch.where(fresh[:, None], exact, self.kept_ratios))
+        self.picks.copy_(torch.where(fresh, ratios.argmax(1), self.picks))
         self.frozen.logical_or_(one_hot)
 
     @torch.no_grad()
@@ -215,16 +218,14 @@ class SparseSwitchNorm2d(nn.Module):
         """Freeze whatever is still open at its largest ratio (the first of a tie), as when training ended early."""
         self.set_radius(1.0)
         ratios = torch.stack(self.ratios())
-        self.kept_ratios.copy_(torch.nn.functional.one_hot(ratios.argmax(1), ratios.shape[1]).to(ratios.dtype))
+        self.picks.copy_(ratios.argmax(1))
         self.frozen.fill_(True)
 
     def choice(self) -> tuple[str, str] | None:
         """Return what mean and variance picked, as ("bn", "in"); None while one of them is still open."""
         if not bool(self.frozen.all()):
             return None
-        if len(self.candidates) == 1:
-            return self.candidates[0], self.candidates[0]
-        mean, var = self.kept_ratios.argmax(1).tolist()
+        mean, var = self.picks.tolist()
         return self.candidates[mean], self.candidates[var]
 
     def folded(self) -> nn.Module:
