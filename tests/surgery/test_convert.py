@@ -167,6 +167,16 @@ def test_places():
         names("head")
 
 
+def test_places_in_library_networks():
+    import torchvision
+
+    model = torchvision.models.mobilenet_v2(num_classes=3, width_mult=0.25)
+    last = surgery.convert_edits(model, {nn.BatchNorm2d: nn.Identity}, where="last in block")
+    assert [edit.module for edit in last][:3] == ["features.1.conv.2", "features.2.conv.3", "features.3.conv.3"]
+    assert [e.module for e in surgery.convert_edits(model, {"ReLU6": nn.ReLU}, where="stem")] == ["features.0.2"]
+    assert [e.module for e in surgery.convert_edits(model, {"ReLU6": nn.ReLU}, where="head")] == ["features.18.2"]
+
+
 def test_timm_norms_keep_their_activation_and_files_come_back(tmp_path):
     import timm
 

@@ -13,6 +13,7 @@ from convette.errors import StructureError, did_you_mean
 from convette.surgery._apply import StructureChange, apply
 from convette.surgery._constructing import constructor_name, is_plain, layer_class, listed
 from convette.surgery._convert import Convert
+from convette.surgery._placing import is_block
 from convette.surgery._trace import call, evaluating, outputs_of
 
 WHERE = ("all", "stem", "head", "first in block", "last in block", "first in stage", "last in stage")
@@ -81,9 +82,10 @@ def convert_edits(
     `policies` maps a class (or the name of one: "BatchNorm2d") to the class that takes its place, a
     ``"module:Class"`` or a `Replacement` with arguments; subclasses match too, the most special policy wins.
     `include` and `exclude` are patterns of module names (``"layer?.*.bn1"``). `where` chooses among the layers left:
-    one of `WHERE`; a block is the innermost module with a number within an ``nn.Sequential`` or list, a stage the
-    list it stands in. Arguments the new class asks for are taken from the old layer's attributes of the same name or
-    meaning; the number of channels, where the old layer does not say, from a run on `example`.
+    one of `WHERE`; a block is the innermost module of two weighty layers or more that has a number in a sequence or a
+    sibling of its class, a stage the module it stands in. Arguments the new class asks for are taken from the old
+    layer's attributes of the same name or meaning; the number of channels, where the old layer does not say, from a
+    run on `example`.
 
     Raises `StructureError` where nothing matches, or an argument is neither given nor found.
     """
@@ -173,16 +175,11 @@ def chosen_places(model: nn.Module, names: list[str], where: str) -> list[str]:
 
 
 def _block(model: nn.Module, name: str) -> str:
-    """Return the innermost block around a module: a numbered, not merely sequential module with layers in it."""
-    path = name
-    while path:
-        owner, _, leaf = path.rpartition(".")
-        module = model.get_submodule(path)
-        numbered = leaf.isdigit() and isinstance(model.get_submodule(owner), nn.Sequential | nn.ModuleList)
-        if numbered and type(module) is not nn.Sequential and len(list(module.children())) > 1:
-            return path
-        path = owner
-    return ""
+    """Return the innermost block around a module, "" where there is none."""
+    path = name.rpartition(".")[0]
+    while path and not is_block(model, path):
+        path = path.rpartition(".")[0]
+    return path
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------

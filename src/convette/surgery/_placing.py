@@ -51,3 +51,19 @@ def like_its_place(new: nn.Module, old: nn.Module, model: nn.Module) -> nn.Modul
     if tensors:
         new.to(device=tensors[0].device, dtype=tensors[0].dtype)
     return new.train(old.training)
+
+
+def is_block(model: nn.Module, name: str) -> bool:
+    """Tell whether module `name` is a block: at least two layers with weights in a module of its own kind (not merely
+    an ``nn.Sequential``) that is numbered in a sequence or list, or has a sibling of its class."""
+    if not name:
+        return False
+    module, (owner, _, leaf) = find_module(model, name), name.rpartition(".")
+    if type(module) in (nn.Sequential, nn.ModuleList):
+        return False
+    holder = find_module(model, owner)
+    numbered = leaf.isdigit() and isinstance(holder, nn.Sequential | nn.ModuleList)
+    if not numbered and sum(type(other) is type(module) for other in holder.children()) < 2:
+        return False
+    layers = [part for part in module.modules() if any(p.ndim > 1 for p in part.parameters(recurse=False))]
+    return len(layers) > 1

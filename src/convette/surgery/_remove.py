@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from convette.errors import FileFormatError, StructureError
 from convette.surgery._edits import Change, find_module
-from convette.surgery._placing import place
+from convette.surgery._placing import is_block, place
 from convette.surgery._trace import call, evaluating, outputs_of
 
 
@@ -71,17 +71,16 @@ def remove(model: nn.Module, module: str, example: Any) -> Remove:
 
 
 def removable(model: nn.Module, example: Any) -> tuple[str, ...]:
-    """Return the blocks that `remove` could leave out: numbered modules that keep the shape of the one tensor they
-    read, blocks within such blocks left aside. Cost: one run of the network."""
+    """Return the blocks that `remove` could leave out: those that keep the shape of the one tensor they read (numbered
+    in a sequence, or with a sibling of their class), blocks within such blocks left aside.
+
+    Cost: one run of the network.
+    """
     calls = _calls(model, example)
     found: list[str] = []
-    for name, module in model.named_modules():
-        owner, _, leaf = name.rpartition(".")
-        holder = model.get_submodule(owner) if name else None
-        if not leaf.isdigit() or not isinstance(holder, nn.Sequential | nn.ModuleList) or calls.get(name) != "":
-            continue
-        weighty = any(parameter.ndim > 1 for parameter in module.parameters())
-        if weighty and len(list(module.children())) > 1 and not any(name.startswith(f"{outer}.") for outer in found):
+    for name, _ in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if calls.get(name) == "" and not inside and is_block(model, name):
             found.append(name)
     return tuple(found)
 
