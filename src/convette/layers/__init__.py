@@ -4,6 +4,6 @@
 """
 
 from convette.layers._folding import Foldable, FoldedLayers, Stays, fold_layers, folded_form
-from convette.layers._modules import replace_modules
+from convette.layers._modules import TakesOver, replace_modules
 
-__all__ = ["Foldable", "FoldedLayers", "Stays", "fold_layers", "folded_form", "replace_modules"]
+__all__ = ["Foldable", "FoldedLayers", "Stays", "TakesOver", "fold_layers", "folded_form", "replace_modules"]

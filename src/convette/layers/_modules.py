@@ -1,8 +1,18 @@
-"""Replacing modules inside a network."""
+"""Replacing modules inside a network, and carrying over what they have learned."""
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 from torch import nn
+
+
+@runtime_checkable
+class TakesOver(Protocol):
+    """A layer that can carry over what the one it replaces has learned, where names and shapes do not say how."""
+
+    def take_over(self, old: nn.Module) -> None:
+        """Copy what `old` has learned, as far as it means something here; a layer of another kind is left alone."""
+        ...
 
 
 def replace_modules(model: nn.Module, choose: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from convette.errors import UsageError
-from convette.layers import Stays, fold_layers, folded_form
+from convette.layers import Stays, TakesOver, fold_layers, folded_form
 from convette.layers.normalization import (
     BL,
     IBN,
@@ -314,6 +314,45 @@ def test_surgery_folds_around_it_and_shrinks_it_exactly(name):
     before = sum(p.numel() for p in model.parameters())
     apply(model, graph.shrink(chosen), example=x, prove=True)  # raises unless it equals the masked network
     assert sum(p.numel() for p in model.parameters()) < before
+
+
+@pytest.mark.parametrize(
+    "name", ["ssn", "bnsr", "bnsr_linear", "filtered", "bnet", "bnet_1", "ibn", "ibn_bn", "consistent"]
+)
+def test_what_a_batch_norm_has_learned_is_taken_over(name):
+    torch.manual_seed(8)
+    norm = nn.BatchNorm2d(C)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2), norm.bias.normal_()
+    norm(example(name) * 3)
+    norm.eval()
+    layer = ALL[name]()
+    if isinstance(layer, TakesOver):
+        layer.take_over(nn.Identity())
+        layer.take_over(norm)
+    else:
+        layer.load_state_dict(norm.state_dict(), strict=False)
+    x = example(name)
+    found, expected = layer.eval()(x), norm(x)
+    if name in ("ssn", "bnsr"):
+        assert torch.equal(layer.weight, norm.weight) and torch.equal(layer.bias, norm.bias)
+    elif name == "ibn":
+        torch.testing.assert_close(found[:, C // 2 :], expected[:, C // 2 :], atol=1e-5, rtol=1e-5)
+    else:
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind", [SparseSwitchNorm2d, SkewReducedBatchNorm2d, FilteredBatchNorm2d, BNET2d, IBN, ConsistentBatchNorm2d]
+)
+def test_surgery_converts_a_network_to_it(kind):
+    from convette.models import create_model
+    from convette.surgery import convert
+
+    model = create_model("resnet20", num_classes=4, seed=0)
+    convert(model, {nn.BatchNorm2d: kind}, torch.randn(2, 3, 16, 16))
+    assert sum(isinstance(module, kind) for module in model.modules()) == 19
+    model.train()(torch.randn(2, 3, 16, 16)).sum().backward()
 
 
 def test_exported_to_onnx_they_agree(tmp_path):

@@ -73,13 +73,20 @@ class BNET2d(nn.Module):
         if norm.running_mean is None:
             raise UsageError("BNET2d: a batch norm without running statistics cannot be taken over.")
         made.to(norm.running_mean)  # type: ignore[arg-type]
-        with torch.no_grad():
-            if norm.affine:
-                made.conv.weight[:, 0, k // 2, k // 2] = norm.weight
-                made.conv.bias.copy_(norm.bias)  # type: ignore[union-attr]
-        statistics = {name: value for name, value in norm.state_dict().items() if name not in ("weight", "bias")}
-        made.norm.load_state_dict(statistics)
+        made.take_over(norm)
         return made.train(norm.training)
+
+    @torch.no_grad()
+    def take_over(self, old: nn.Module) -> None:
+        """Compute what the batch norm `old` does: its scale in the centre of a Dirac kernel, its shift, statistics."""
+        if not isinstance(old, nn.BatchNorm2d) or old.num_features != self.num_features or old.running_mean is None:
+            return
+        self.conv.weight.zero_()
+        self.conv.weight[:, 0, self.k // 2, self.k // 2] = old.weight if old.affine else 1.0
+        if old.affine:
+            self.conv.bias.copy_(old.bias)  # type: ignore[union-attr]
+        statistics = {name: value for name, value in old.state_dict().items() if name not in ("weight", "bias")}
+        self.norm.load_state_dict(statistics, strict=False)
 
     @property
     def num_features(self) -> int:

@@ -101,6 +101,24 @@ class IBN(nn.Module):
         rest = x.shape[1] - self.instances
         return torch.cat([self.BN(x[:, :rest]), self.IN(x[:, rest:])], 1)
 
+    @torch.no_grad()
+    def take_over(self, old: nn.Module) -> None:
+        """Take scales, shifts and the batch half's statistics of the batch norm `old`, channel by channel."""
+        if not isinstance(old, nn.BatchNorm2d) or old.running_mean is None or old.weight is None:
+            return
+        rest = old.num_features - self.instances
+        first, last = (self.IN, self.BN) if self.order == "in-first" else (self.BN, self.IN)
+        size = self.instances if self.order == "in-first" else rest
+        for part, channels in ((first, slice(0, size)), (last, slice(size, None))):
+            if part is None:
+                continue
+            state = {
+                name: value[channels] if value.ndim else value
+                for name, value in old.state_dict().items()
+                if name in part.state_dict()
+            }
+            part.load_state_dict(state)
+
     def folded(self) -> nn.Module:
         """Return the one normaliser this is at ratio 0 or 1; raises `Stays` between."""
         import copy
@@ -120,18 +138,7 @@ def _ibn_from(norm: nn.BatchNorm2d, ratio: float, other: Literal["batch", "group
     if norm.weight is None or norm.running_mean is None:
         raise UsageError("to_ibn: a batch norm without scale or running statistics cannot be taken over.")
     made.to(norm.weight)  # type: ignore[arg-type]
-    half = made.instances
-    with torch.no_grad():
-        if made.IN is not None:
-            made.IN.weight.copy_(norm.weight[:half])
-            made.IN.bias.copy_(norm.bias[:half])
-        if made.BN is not None:
-            made.BN.weight.copy_(norm.weight[half:])  # type: ignore[operator]
-            made.BN.bias.copy_(norm.bias[half:])  # type: ignore[operator]
-        if isinstance(made.BN, nn.BatchNorm2d):
-            made.BN.running_mean.copy_(norm.running_mean[half:])  # type: ignore[union-attr]
-            made.BN.running_var.copy_(norm.running_var[half:])  # type: ignore[union-attr, index]
-            made.BN.num_batches_tracked.copy_(norm.num_batches_tracked)  # type: ignore[union-attr, arg-type]
+    made.take_over(norm)
     return made.train(norm.training)
 
 

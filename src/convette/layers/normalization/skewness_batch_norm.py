@@ -156,6 +156,19 @@ class SkewReducedBatchNorm2d(nn.Module):
         old = self.running_skewness
         old.copy_(torch.where(torch.isfinite(new), old.lerp(new, factor), old))
 
+    @torch.no_grad()
+    def take_over(self, old: nn.Module) -> None:
+        """Take scale, shift and statistics of the batch norm `old`; the function changes, as values are bent."""
+        if not isinstance(old, nn.BatchNorm2d) or old.running_mean is None:
+            return
+        state = old.state_dict()
+        for name, value in (("weight", self.weight), ("bias", self.bias)):
+            if value is not None and name in state and state[name].shape == value.shape:
+                value.copy_(state.pop(name))
+        statistics = {name: value for name, value in state.items() if name not in ("weight", "bias")}
+        if len(old.running_mean) == self.num_features:
+            self.norm.load_state_dict(statistics, strict=False)
+
     def folded(self) -> nn.BatchNorm2d:
         """Return the batch norm this is when all exponents are 1; raises `Stays` otherwise."""
         powers = self.powers()
