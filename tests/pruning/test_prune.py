@@ -307,3 +307,14 @@ def test_an_example_of_several_inputs(example):
 
     result = prune(Two(), {"a": example, "b": example * 2}, "macs<=50%", bare())
     assert result.met and result.removed
+
+
+@pytest.mark.parametrize("budget", ["macs<=100%", "latency<=10s", "macs<=100%, latency<=10s"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_budget_that_is_met_already_costs_no_training(small, digits, budget, steps):
+    settings = PruneSettings(steps=steps, epochs=2)
+    result = prune(small, digits, budget, settings, train_settings=QUICK, measure=latency_by_macs)
+    assert result.recovery == () and len(result.steps) == 1
+    assert result.end.macs == result.start.macs and all(status.met for status in result.statuses)
+    weights = small.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in result.model.state_dict().items())

@@ -100,6 +100,11 @@ class Run:
             # Only now: a budget that cannot be reached costs no evaluation.
             self.records[0] = replace(self.records[0], accuracy=self.accuracy(network))
         self.cap = decision["cap"]
+        if decision["enough"]:
+            _say("pruning: the network meets the budget as it is; nothing is removed")
+            self.step = self.settings.steps
+            self.store.save(network, self.edits_before, self.step, True, self.facts(network))
+            return network
         selection = {name: torch.tensor(kept) for name, kept in decision["selection"].items()}
         cut(network, graph, selection)
         if self.data is not None and self.settings.recalibrate:
@@ -117,16 +122,25 @@ class Run:
         return check_reachable(candidate, self.budget, self.start, self.measured)
 
     def decide(self, network: nn.Module) -> dict[str, Any]:
-        """Choose the units that stay at this step: ``{"selection": {group: units}, "cap": MACs or None}``."""
+        """Choose the units that stay at this step: ``{"selection": {group: units}, "cap": MACs or None, "enough"}``.
+
+        `enough` says at the first step that all limits hold already, so that there is nothing to remove.
+        """
         calibration = self.calibration()
         candidate = prepare_candidate(network, self.example, self.minimum, self.settings, calibration, self.step)
         now = float(candidate.width_cost.macs({}))
         cap = self.cap
         if self.step == 1:
             check_reachable(candidate, self.budget, self.start, self.measured)
-            if self.measured.limits and self.settings.steps > 1:
+            enough = Budget(tuple(self.limits)).met(self.start) if self.limits else True
+            if self.measured.limits:
                 _say("pruning: looking for the MACs that meet the measured limits")
-                _, cap = reach_measured(candidate, self.limits, self.measured, now, note=_say)
+                selection, cap = reach_measured(candidate, self.limits, self.measured, now, note=_say)
+                enough = enough and cap is None
+                if self.settings.steps == 1 and not enough:
+                    return {"selection": _as_lists(selection), "cap": cap, "enough": False}
+            if enough:
+                return {"selection": {}, "cap": None, "enough": True}
         if self.step < self.settings.steps:
             selection = candidate.within(self.limits_at(self.step / self.settings.steps, cap))
         elif self.measured.limits:
@@ -139,7 +153,7 @@ class Run:
             cap = found if found is not None else cap
         else:
             selection = candidate.within(self.limits)
-        return {"selection": {name: kept.tolist() for name, kept in selection.items()}, "cap": cap}
+        return {"selection": _as_lists(selection), "cap": cap, "enough": False}
 
     def repair(self, network: nn.Module, began: float) -> nn.Module:
         """Train the cut `network` for the epochs of this step, record it and keep it."""
@@ -291,6 +305,10 @@ def to_device(example: Any, device: torch.device | str) -> Any:
     if isinstance(example, tuple | list):
         return type(example)(to_device(value, device) for value in example)
     return example
+
+
+def _as_lists(selection: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: kept.tolist() for name, kept in selection.items()}
 
 
 def _say(text: str) -> None:
