@@ -87,6 +87,25 @@ def test_optimiser_gets_new_parameters_in_the_right_group():
     assert all(torch.equal(a[name], b[name]) for name in a if name.endswith("extra")), "drawn from the seed alone"
 
 
+def test_two_optimisers_share_the_model():
+    model = resnet()
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    first = torch.optim.SGD([p for p in model.parameters() if id(p) in norms], lr=0.1)
+    second = torch.optim.Adam([p for p in model.parameters() if id(p) not in norms], lr=0.1)
+    graph = surgery.trace(model, IMAGES)
+    edits = [
+        graph.shrink({"layer1.0.conv1": torch.arange(2)}),
+        surgery.Convert("layer1.0.bn1", f"{ScaledNorm2d.__module__}:ScaledNorm2d", {"num_features": 2}),
+        surgery.Insert("layer1.0.bn1", 2),
+    ]
+    change = surgery.apply(model, *edits)
+    for optimizer in (first, second):
+        change.migrate_optimizer(optimizer)
+    held = [id(p) for o in (first, second) for group in o.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    assert any(p is model.layer1[0].bn1[0].extra for p in first.param_groups[0]["params"])
+
+
 def test_what_is_gone_leaves_and_a_later_shrink_follows():
     model = resnet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

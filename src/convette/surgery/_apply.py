@@ -30,10 +30,7 @@ class StructureChange:
         """
         by_old = {id(change.old): change for change in self.parameters.values()}
         groups = {id(item): group for group in reversed(optimizer.param_groups) for item in group["params"]}
-        joining = [
-            (next((groups[id(near)] for near in item.beside if id(near) in groups), None), item.parameter)
-            for item in self.added.values()
-        ]
+        joining = [(groups.get(id(self._stood_beside(item))), item.parameter) for item in self.added.values()]
         for group in optimizer.param_groups:
             moved = [by_old[id(item)].new if id(item) in by_old else item for item in group["params"]]
             group["params"] = [item for item in moved if item is not None]
@@ -45,6 +42,15 @@ class StructureChange:
             state = optimizer.state.pop(change.old, None)
             if state is not None and change.new is not None:
                 optimizer.state[change.new] = _sliced_state(state, change)
+
+    def _stood_beside(self, item: Added) -> Tensor | None:
+        """Return the parameter, of those there were before the edits, that an added one stands beside."""
+        added = {id(other.parameter): other for other in self.added.values()}
+        old = {id(change.new): change.old for change in self.parameters.values() if change.new is not None}
+        near = item.beside
+        while near is not None and id(near) in added:
+            near = added[id(near)].beside
+        return None if near is None else old.get(id(near), near)
 
     def migrate(self, module_copy: nn.Module) -> "StructureChange":
         """Do the same edits to a copy of the model (an averaged one, a teacher); returns what changed there."""
@@ -109,6 +115,9 @@ def _merge(result: StructureChange, name: str, part: ParameterChange) -> None:
         del result.added[name]
         if isinstance(part.new, nn.Parameter):
             result.added[name] = Added(part.new, added.beside)
+        for other in result.added.values():
+            if other.beside is part.old:
+                other.beside = part.new if part.new is not None else added.beside
         return
     earlier = result.parameters.get(name)
     if earlier is None or earlier.new is not part.old:

@@ -25,10 +25,10 @@ class ParameterChange:
 
 @dataclass
 class Added:
-    """A parameter an edit brought in, and those it stands beside, nearest first: optimisers train it with them."""
+    """A parameter an edit brought in, and the nearest trained one it stands beside: one optimiser trains both."""
 
     parameter: nn.Parameter
-    beside: tuple[Tensor, ...]
+    beside: Tensor | None
 
 
 @dataclass

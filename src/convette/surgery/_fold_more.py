@@ -40,7 +40,7 @@ def _layer(model: nn.Module, name: str) -> Any:
 
 def _set(layer: Any, name: str, change: Change, weight: Tensor, bias: Tensor | None, **sizes: Any) -> None:
     """Give `layer` new weights and sizes; note how to go back and what that does to parameters."""
-    beside = tuple(layer.parameters())
+    beside = layer.weight
     for leaf, value in (("weight", weight), ("bias", bias)):
         old = layer._parameters[leaf]
         new = None if value is None else nn.Parameter(value.to(layer.weight), layer.weight.requires_grad)

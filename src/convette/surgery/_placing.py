@@ -17,13 +17,13 @@ def place(model: nn.Module, name: str, new: nn.Module, change: Change) -> None:
         raise StructureError("the model itself cannot be replaced; name a module within it.")
     before = dict(old.named_parameters(prefix=name))
     near = nearest(model, name)
+    known = {id(parameter) for parameter in model.parameters()}
     for owner in list(model.modules()):
         for key, child in list(owner._modules.items()):
             if child is old:
                 owner._modules[key] = new
                 change.undo.append(lambda owner=owner, key=key: owner._modules.__setitem__(key, old))
     stay = {id(parameter) for parameter in model.parameters()}
-    known = {id(parameter) for parameter in before.values()} | {id(parameter) for parameter in near}
     for label, parameter in before.items():
         if id(parameter) not in stay:
             change.parameters[label] = ParameterChange(parameter, None, {})
@@ -32,15 +32,16 @@ def place(model: nn.Module, name: str, new: nn.Module, change: Change) -> None:
             change.added[label] = Added(parameter, near)
 
 
-def nearest(model: nn.Module, name: str) -> tuple[Tensor, ...]:
-    """Return the model's parameters, those of module `name` first, then those of the modules around it outwards."""
-    found: dict[int, Tensor] = {}
+def nearest(model: nn.Module, name: str) -> Tensor | None:
+    """Return the parameter that is trained and nearest to module `name`: its own first, else of a module around it.
+
+    Only one: two optimisers that share the model between them must not both take what is put beside it.
+    """
     path = name
     while True:
-        for parameter in find_module(model, path).parameters():
-            found.setdefault(id(parameter), parameter)
-        if not path:
-            return tuple(found.values())
+        trained = [parameter for parameter in find_module(model, path).parameters() if parameter.requires_grad]
+        if trained or not path:
+            return trained[0] if trained else None
         path = path.rpartition(".")[0]
 
 
