@@ -3,6 +3,8 @@
     python benchmarks/pruning_resnet56.py                 # everything: an hour or more on two cores
     python benchmarks/pruning_resnet56.py --images 600 --epochs 1 --arms l1 tp_l2_global
 
+Arms that the result file holds already, made with the same choices, are kept; delete the file to measure them anew.
+
 Every arm starts from the given weights, is pruned to the same limit on MACs (our counter for all), gets its
 batch-norm statistics anew from the same images and the same epochs of training with the same settings and the same
 teacher. The validation split (a tenth of the training images, which the given weights saw) serves for choosing; the
@@ -15,6 +17,7 @@ import argparse
 import copy
 import dataclasses
 import importlib.metadata
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -61,8 +64,8 @@ def main() -> None:
     data = data if options.images is None else fewer(data, options.images)
     settings = dataclasses.replace(RECOVERY, seed=options.seed, precision="fp32", memory_format="contiguous")
     example = data.preprocessing(data.train.images(torch.tensor([0])))
-    arms = {"unpruned": scores(parent, data, example)}
-    for arm in options.arms:
+    arms = {"unpruned": scores(parent, data, example), **measured_before(options, data)}
+    for arm in [name for name in options.arms if name not in arms]:
         note(f"--- {arm}")
         began = time.perf_counter()
         if arm in OURS:
@@ -87,6 +90,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=OUT)
     return parser.parse_args()
+
+
+def measured_before(options: argparse.Namespace, data: ImageData) -> dict[str, Any]:
+    """Return the arms that an earlier run with the same choices has in the result file."""
+    if not options.out.exists():
+        return {}
+    found = json.loads(options.out.read_text())
+    same = {"budget": options.budget, "epochs": options.epochs, "seed": options.seed}
+    same["training_images"] = len(data.train)
+    if any(found.get(key) != value for key, value in same.items()):
+        return {}
+    return {name: figures for name, figures in found["arms"].items() if name != "unpruned"}
 
 
 def fewer(data: ImageData, images: int) -> ImageData:
