@@ -22,7 +22,8 @@ from convette.surgery._insert import Insert, ZeroGammaBlock, insert
 from convette.surgery._log import ModelCard, Origin, StructureLog, card_of, set_card, set_origin, structure_log
 from convette.surgery._masked import masked
 from convette.surgery._remove import Remove, removable, remove
-from convette.surgery._stitch import Stitch, Stitched, build_stitched, stitch
+from convette.surgery._stitch import Stitch, Stitched, build_stitched
+from convette.surgery._stitching import stitch
 from convette.surgery._trace import trace
 from convette.surgery._tracer import FrozenOperator
 
