@@ -18,11 +18,12 @@ Writes benchmarks/results/surgery_coverage.json and docs/coverage.md.
 """
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
+import queue
 import re
 import resource
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -114,7 +115,7 @@ def example_for(name: str, model: torch.nn.Module):
         return ([torch.rand(3, 128, 160)],)
     if "raft" in leaf:
         return (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
-    if leaf in ("mc3_18", "r3d_18", "r2plus1d_18", "s3d") or "mvit" in leaf or "swin3d" in leaf:
+    if leaf in ("mc3_18", "r3d_18", "r2plus1d_18", "s3d") or leaf.startswith(("mvit_v", "swin3d")):
         small = leaf not in ("s3d",) and "mvit" not in leaf
         return torch.randn(1, 3, 16 if not small else 8, 224 if not small else 64, 224 if not small else 64)
     sizes = list(SIZES)
@@ -247,17 +248,25 @@ def in_double(name: str, selection: dict, example) -> float:
 
 
 def in_process(name: str) -> dict:
-    """Run `one` in a process of its own; what goes wrong there becomes a row."""
-    command = [sys.executable, __file__, "--one", name]
+    """Run `one` in a process of its own, forked so that nothing is imported again; errors there become a row."""
+    results = multiprocessing.get_context("fork").Queue()
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(name, results))
+    child.start()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
+        return results.get(timeout=SECONDS)
+    except queue.Empty:
         return {"model": name, "result": "no verdict", "reason": f"not done within {SECONDS} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if lines:
-        return json.loads(lines[-1])
-    last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-    return {"model": name, "result": "no verdict", "reason": last[:300]}
+    finally:
+        child.kill()
+        child.join()
+
+
+def _child(name: str, results: multiprocessing.Queue) -> None:
+    try:
+        results.put(one(name))
+    except BaseException as error:
+        text = (str(error) or "no message").splitlines()[0]
+        results.put({"model": name, "result": "no verdict", "reason": f"{type(error).__name__}: {text}"[:300]})
 
 
 def line_of(row: dict) -> str:
@@ -313,28 +322,33 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="timm:NAME or torchvision:NAME")
     parser.add_argument("--all", action="store_true", help="one member of every family; writes the results")
     parser.add_argument("--again", nargs="*", metavar="RESULT", help="only models whose last result is one of these")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--rest", action="store_true", help="with --all: keep the results there are, do the others")
+    parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(one(options.one)), flush=True)
-        return
     start = time.time()
+    import timm  # noqa: F401
+    import torchvision  # noqa: F401
+
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {"results": []}
     rows = {row["model"]: row for row in before["results"]}
     names = options.models
     if options.all:
-        names, rows = list(families().values()), {}
+        names = before.get("families") if options.rest and before.get("families") else list(families().values())
+        rows = rows if options.rest else {}
+        names = [name for name in names if name not in rows]
     elif options.again is not None:
         names = [name for name, row in rows.items() if row["result"] in options.again]
-    for name in names:
-        rows[name] = in_process(name)
-        print(line_of(rows[name]), flush=True)
+    every = sorted({*names, *rows})
+    torch.set_num_threads(1)
+    workers = concurrent.futures.ThreadPoolExecutor(options.workers)
+    for row in workers.map(in_process, names):
+        rows[row["model"]] = row
+        print(line_of(row), flush=True)
         if options.all or options.again is not None:
             results = [rows[key] for key in sorted(rows)]
             about = provenance(time.time() - start)
-            write_json(
-                RESULT, {"what": "surgery on every family, half of all units removed", **about, "results": results}
-            )
+            what = "surgery on every family, half of all units removed"
+            write_json(RESULT, {"what": what, **about, "families": every, "results": results})
             write_text(PAGE, page(results, about))
 
 

@@ -230,3 +230,15 @@ def test_fold_leaves_the_optimiser_consistent():
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held <= {id(p) for p in model.parameters()}
     assert all(state["momentum_buffer"].shape == p.shape for p, state in optimizer.state.items())
+
+
+def test_units_are_shown_in_words_and_as_a_picture(model):
+    import xml.etree.ElementTree
+
+    graph = surgery.trace(model, IMAGES)
+    text = surgery.units_text(graph)
+    assert text.startswith("12 groups, 400 units") and len(text.splitlines()) == 13
+    assert "conv1: 16 channels, tied over conv1, layer1.0.conv2" in text
+    assert "layer1.0.conv1: 16 channels, made by layer1.0.conv1; read by layer1.0.conv2" in text
+    picture = xml.etree.ElementTree.fromstring(surgery.units_svg(graph))
+    assert len(picture.findall(".//{*}g")) == 12

@@ -22,6 +22,7 @@ from convette.surgery._insert import Insert, ZeroGammaBlock, insert
 from convette.surgery._log import ModelCard, Origin, StructureLog, card_of, set_card, set_origin, structure_log
 from convette.surgery._masked import masked
 from convette.surgery._remove import Remove, removable, remove
+from convette.surgery._showing import group_line, units_svg, units_text
 from convette.surgery._stitch import Stitch, Stitched, build_stitched
 from convette.surgery._stitching import stitch
 from convette.surgery._trace import trace
@@ -68,6 +69,7 @@ __all__ = [
     "fold_edits",
     "fold_further",
     "further_folds",
+    "group_line",
     "grow",
     "insert",
     "load_model",
@@ -85,4 +87,6 @@ __all__ = [
     "trace",
     "trusting",
     "ungrow",
+    "units_svg",
+    "units_text",
 ]

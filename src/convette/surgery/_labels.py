@@ -23,9 +23,18 @@ def varying(layer: Tensor) -> tuple[int, ...]:
     )
 
 
+def inhabited(layer: Tensor) -> Tensor:
+    """Return `layer` with length 1 along axes of length 0 (a batch without examples), its labels kept."""
+    if 0 not in layer.shape or layer.untyped_storage().nbytes() == 0:
+        return layer
+    steps = [step if size else 0 for size, step in zip(layer.shape, layer.stride(), strict=True)]
+    return layer.as_strided([size or 1 for size in layer.shape], steps)
+
+
 def normalised(layer: Tensor) -> Tensor:
     """Return `layer` with stride 0 along every axis on which its values are constant."""
     shape = layer.shape
+    layer = inhabited(layer)
     # Last axes first: in images these are rows and columns, which nearly always collapse.
     for axis in reversed(varying(layer)):
         first = layer.narrow(axis, 0, 1)
@@ -56,6 +65,8 @@ def moved(layer: Tensor, shape: Sequence[int], axes: Sequence[int], move: Callab
 
 def reshaped(layer: Tensor, shape: Sequence[int]) -> Tensor:
     """Return `layer` in a new shape of as many elements, read row by row, without spreading what is constant."""
+    if 0 in shape and 0 in layer.shape:
+        return reshaped(inhabited(layer), [size or 1 for size in shape]).expand(*shape)
     head = 0
     while head < min(layer.ndim, len(shape)) and layer.shape[head] == shape[head]:
         head += 1
@@ -106,6 +117,7 @@ class LabelStore:
         """State that two layers that broadcast together are the same, element by element; `why` is a call."""
         if left is right:
             return
+        left, right = inhabited(left), inhabited(right)
         ndim = max(left.ndim, right.ndim)
         for axis in range(-ndim, 0):
             for_left = -axis <= left.ndim and left.shape[axis] > 1 and left.stride(axis) != 0
@@ -121,17 +133,18 @@ class LabelStore:
 
     def unite_along(self, layer: Tensor, axes: Sequence[int], why: int) -> Tensor:
         """State that `layer` is constant along `axes`; return it so."""
+        shape, layer = layer.shape, inhabited(layer)
         first = layer
         for axis in axes:
             if layer.shape[axis] > 1 and layer.stride(axis) != 0:
                 first = first.narrow(axis, 0, 1)
         if first is not layer:
             self.unite(layer, first, why)
-        return first.expand(layer.shape)
+        return first.expand(shape)
 
     def freeze(self, layer: Tensor, why: int) -> None:
         """State that nothing in `layer` can be removed."""
-        self._left.append(narrowed(layer).reshape(-1))
+        self._left.append(narrowed(inhabited(layer)).reshape(-1))
         self._right.append(torch.zeros(1, dtype=torch.int64).expand(self._left[-1].shape))
         self._why.append(why)
 

@@ -75,6 +75,8 @@ def given_sizes(
     """
     if kind == "shape":
         given, _ = _shape_arguments(name, args, kwargs)
+        if not all(isinstance(size, int | None) for size in given) or len(given) < len(expected):
+            return []
         if name in ("repeat", "tile"):
             sizes = [1] * (len(given) - args[0].ndim) + list(args[0].shape)
             return [(a, given[a], n) for a, n in expected if sizes[a] == 1 and given[a] != n]

@@ -61,8 +61,8 @@ _RESHAPE = _words(
 
 _SAME = _words(
     """
-    transpose permute unfold swapaxes swapdims movedim moveaxis t .T .mT .H adjoint repeat_interleave pixel_shuffle
-    pixel_unshuffle channel_shuffle native_channel_shuffle
+    transpose permute unfold swapaxes swapdims movedim moveaxis t .T .mT .H adjoint repeat_interleave
+    channel_shuffle native_channel_shuffle
     """
 )
 
@@ -119,6 +119,8 @@ def table() -> dict[str, Callable[..., Any]]:
         (("pad",), move.pad),
         (("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"), move.created),
         (("im2col",), move.im2col),
+        (("pixel_shuffle",), move.pixel_shuffle),
+        (("pixel_unshuffle",), move.pixel_unshuffle),
         (("fold",), move.col2im),
         (("conv1d", "conv2d", "conv3d"), compute.convolution),
         (("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), compute.convolution),

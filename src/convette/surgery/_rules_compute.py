@@ -311,9 +311,11 @@ def spatial(tracer: Tracer, call: Call) -> Any:
     axes = range(call.first.ndim - (digits[-1] if digits else call.first.ndim - 2), call.first.ndim)
     layers = []
     for layer in tracer.layers(call.first):
-        if set(varying(layer)) & set(axes):
+        if set(varying(layer)) <= set(axes):
             tracer.freeze(call)
             return ()
+        # A channel's rows and columns are mixed: they are one channel's or nobody's.
+        layer = tracer.store.unite_along(layer, [axis for axis in varying(layer) if axis in axes], call.index)
         index = tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(layer.ndim))
         layers.append(layer[index])
     return [tuple(layer.expand(out.shape) for layer in layers) for out in outs]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convette.surgery._labels import spread, varying
+from convette.surgery._labels import inhabited, spread, varying
 from convette.surgery._tracer import Call, Layers, Operand, Tracer, tensors_in
 
 
@@ -136,7 +136,7 @@ def per_channel(tracer: Tracer, call: Call, axis: int, vectors: list[tuple[Tenso
     present = [tensor for tensor, _ in vectors if tensor is not None and tensor.numel() > 1]
     own = [layer for layer in layers if axis in varying(layer)]
     if len(own) == 1 and varying(own[0]) == (axis,):
-        vector = own[0][tuple(slice(None) if a == axis else 0 for a in range(own[0].ndim))]
+        vector = inhabited(own[0])[tuple(slice(None) if a == axis else 0 for a in range(own[0].ndim))]
         for tensor in present:
             tracer.bind(tensor, 0, vector, "affine", call.index)
         return layers

@@ -359,12 +359,16 @@ def pad(tracer: Tracer, call: Call) -> Layers:
     axes = {axis: amount for axis, amount in axes.items() if amount != (0, 0)}
     inputs = tracer.layers(call.first)
     hit = {axis for layer in inputs for axis in varying(layer) if axis in axes}
-    if hit and (mode != "constant" or any(len(varying(layer)) > 1 for layer in inputs)):
+    if hit and mode != "constant":
         tracer.freeze(call)
         return ()
     result = []
     for layer in inputs:
         present = [axis for axis in varying(layer) if axis in axes]
+        if present:
+            # The new positions are nobody's along the other axes, so the old ones must be one there as well.
+            others = [axis for axis in varying(layer) if axis != present[0]]
+            layer, present = tracer.store.unite_along(layer, others, call.index), present[:1]
         index = tuple(
             slice(0, 1) if axis in axes and axis not in present else slice(None) for axis in range(layer.ndim)
         )
@@ -408,6 +412,32 @@ def _given_labels(tracer: Tracer, tensor: Tensor, axes: set[int]) -> Layers:
     item.outputs = ((*item.outputs[0], *layers),)
     tracer.mark(tensor, Value(layers, value.weight, value.call))
     return layers
+
+
+def pixel_shuffle(tracer: Tracer, call: Call) -> Layers:
+    """``pixel_shuffle``: the channels that become one channel's pixels go together."""
+    channels = call.out.shape[-3]
+    result = []
+    for layer in tracer.layers(call.first):
+        if {layer.ndim - 1, layer.ndim - 2} & set(varying(layer)):
+            tracer.freeze(call)
+            return ()
+        rows = layer[..., 0, 0].unflatten(-1, (channels, -1))
+        tied = tracer.store.unite_along(rows, [rows.ndim - 1], call.index)
+        result.append(tied[..., 0][..., None, None].expand(call.out.shape))
+    return tuple(layer for layer in result if varying(layer))
+
+
+def pixel_unshuffle(tracer: Tracer, call: Call) -> Layers:
+    """``pixel_unshuffle``: each channel becomes several."""
+    times = call.out.shape[-3] // call.first.shape[-3]
+    result = []
+    for layer in tracer.layers(call.first):
+        if {layer.ndim - 1, layer.ndim - 2} & set(varying(layer)):
+            tracer.freeze(call)
+            return ()
+        result.append(layer[..., :1, :1].repeat_interleave(times, dim=-3).expand(call.out.shape))
+    return tuple(normalised(layer) for layer in result)
 
 
 def im2col(tracer: Tracer, call: Call) -> Layers:

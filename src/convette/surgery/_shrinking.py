@@ -270,7 +270,7 @@ def _attribute_holding(
         for key, value in vars(module).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 2 or not _may_hold_channels(key):
                 continue
-            if (owner, key) not in refused and given % value == 0 and new % (given // value) == 0:
+            if (owner, key) not in refused and given >= value and given % value == 0 and new % (given // value) == 0:
                 return owner, key, new // (given // value)
     return None
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from convette.surgery._labels import LabelStore, Slot, spread, varying
+from convette.surgery._labels import LabelStore, Slot, inhabited, spread, varying
 
 Layers = tuple[Tensor, ...]
 _TAG = "_convette_value"
@@ -338,7 +338,7 @@ class Tracer(TorchFunctionMode):
                 continue
             flat = self.store.unite_along(layer, [other for other in axes if other != axis], why)
             index = tuple(slice(None) if other == axis else 0 for other in range(layer.ndim))
-            vector = flat[index]
+            vector = inhabited(flat)[index]
             if result is None:
                 result = vector
             else:
@@ -505,6 +505,9 @@ class Tracer(TorchFunctionMode):
             return
         elif not any(value.layers for value in inputs):
             layers = []
+            if name in _GIVEN_SIZES:
+                # Fixed channels can still be asked for by a size that was worked out from others.
+                self.sized(call, "shape", (), [()])
             blank = [value.blank for value in inputs]
             if blank and min(blank) >= 0 and rule in (self.rules["add"], self.rules["clone"]):
                 self.mark(results[0], Value((), weight, index, blank[0]))
@@ -544,6 +547,7 @@ class Tracer(TorchFunctionMode):
             self.records.steps[call.index] = Step(call.module, self.value(call.first).call)
 
 
+_GIVEN_SIZES = frozenset(("view", "reshape", "unflatten", "expand"))
 _CONSTANT = Value((), True, -1)
 
 

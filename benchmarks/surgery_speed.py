@@ -1,0 +1,186 @@
+"""Seconds from a network to the same network with half of its channels, beside Torch-Pruning 1.6.1.
+
+    pip install torch-pruning==1.6.1
+    python benchmarks/surgery_speed.py [--only timm:resnet18] [--repeats 3]
+
+Both run in one process, one thread, turn by turn, on copies of one model, and remove half of the channels of every
+layer but the last, chosen at random. Ours: trace, choose, edit, apply. Torch-Pruning: `BasePruner` with
+`RandomImportance`, local ratio 0.5, output layers ignored. *again*: a second, other selection from what is already
+known: for us the same `ChannelGraph` on a fresh copy; Torch-Pruning's graph belongs to the model it changed, so it
+has to start over. The median of the repeats is reported. Models Torch-Pruning cannot do, or not within `--limit` seconds,
+are listed without a ratio. Writes benchmarks/results/surgery_speed.json.
+"""
+
+import argparse
+import copy
+import math
+import statistics
+import time
+import tracemalloc
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from convette._files import write_json
+from convette._provenance import provenance
+from convette.surgery import apply, trace
+from surgery_coverage import build, randomise
+
+RESULT = Path(__file__).parent / "results" / "surgery_speed.json"
+MODELS = {
+    "torchvision:resnet18": 224,
+    "torchvision:resnet50": 224,
+    "torchvision:resnext50_32x4d": 224,
+    "torchvision:vgg11_bn": 224,
+    "torchvision:mobilenet_v2": 224,
+    "torchvision:mobilenet_v3_large": 224,
+    "torchvision:efficientnet_b0": 224,
+    "torchvision:densenet121": 224,
+    "torchvision:inception_v3": 299,
+    "torchvision:googlenet": 224,
+    "torchvision:regnet_x_400mf": 224,
+    "torchvision:regnet_y_400mf": 224,
+    "torchvision:convnext_tiny": 224,
+    "torchvision:mnasnet1_0": 224,
+    "torchvision:squeezenet1_1": 224,
+    "torchvision:fcn_resnet50": 128,
+    "torchvision:deeplabv3_mobilenet_v3_large": 128,
+    "timm:ghostnet_100": 224,
+    "timm:mobileone_s0": 224,
+    "timm:repvgg_a0": 224,
+    "timm:dla34": 224,
+    "timm:hrnet_w18_small": 224,
+    "timm:xception41": 224,
+    "timm:regnetz_b16": 224,
+    "timm:mobilenetv4_conv_small": 224,
+    "timm:starnet_s1": 224,
+    "timm:vit_tiny_patch16_224": 224,
+}
+
+
+def ours(model: nn.Module, images: torch.Tensor, seed: int) -> tuple[float, float, float]:
+    """Return seconds of trace, of everything, and of a second selection on another copy."""
+    other = copy.deepcopy(model)
+    start = time.perf_counter()
+    graph = trace(model, images)
+    traced = time.perf_counter()
+    draw = torch.Generator().manual_seed(seed)
+    selection = {
+        group.name: torch.randperm(group.size, generator=draw)[: math.ceil(group.size / 2)].sort().values
+        for group in graph
+    }
+    edit = graph.shrink(selection)
+    selected = time.perf_counter()
+    apply(model, edit)
+    end = time.perf_counter()
+    graph.model = other
+    again = time.perf_counter()
+    apply(other, graph.shrink(selection))
+    return traced - start, end - start, time.perf_counter() - again + 0 * selected
+
+
+def theirs(model: nn.Module, images: torch.Tensor, seed: int) -> tuple[float, float]:
+    """Return seconds of Torch-Pruning's graph alone, and of everything."""
+    import torch_pruning as tp
+
+    torch.manual_seed(seed)
+    last = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+    ignored = [
+        module
+        for module in model.modules()
+        if module is last or (isinstance(module, nn.Linear) and module.out_features in (1000,))
+        or (isinstance(module, nn.Conv2d) and module.out_channels in (1000, 21))
+    ]  # fmt: skip
+    heads = {module.qkv: module.num_heads for module in model.modules() if hasattr(module, "qkv")}
+    start = time.perf_counter()
+    tp.DependencyGraph().build_dependency(model, example_inputs=images)
+    built = time.perf_counter()
+    pruner = tp.pruner.BasePruner(
+        model, images, importance=tp.importance.RandomImportance(), pruning_ratio=0.5, ignored_layers=ignored,
+        num_heads=heads,
+    )  # fmt: skip
+    pruner.step()
+    return built - start, time.perf_counter() - built
+
+
+def memory(model: nn.Module, images: torch.Tensor) -> float:
+    """Return the most memory Python and the label tensors hold during a trace, in multiples of the model's size."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    tracemalloc.start()
+    graph = trace(model, images)
+    labels = {id(slot.labels): slot.labels.numel() * 8 for slot in graph.slots()}
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return (peak + sum(labels.values())) / size
+
+
+def measure(name: str, size: int, repeats: int, limit: float) -> dict:
+    """Return a row: medians, ratios, or why there is none."""
+    torch.manual_seed(0)
+    model = build(name).eval()
+    randomise(model)
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        model(images)
+        start = time.perf_counter()
+        model(images)
+    row: dict = {"model": name, "forward": time.perf_counter() - start}
+    own, other, reason = [], [], None
+    ours(copy.deepcopy(model), images, 0)
+    for repeat in range(repeats):
+        own.append(ours(copy.deepcopy(model), images, repeat))
+        if reason is None:
+            try:
+                other.append(theirs(copy.deepcopy(model), images, repeat))
+                if other[-1][1] > limit:
+                    reason = f"over {limit:.0f} s"
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"[:160]
+    row["trace"], row["ours"], row["again"] = (statistics.median(part) for part in zip(*own, strict=True))
+    row["memory_over_model"] = memory(model, images)
+    if other:
+        row["theirs_graph"], row["theirs"] = (statistics.median(part) for part in zip(*other, strict=True))
+        row["ratio"], row["ratio_again"] = row["theirs"] / row["ours"], row["theirs"] / row["again"]
+    if reason:
+        row["theirs_reason"] = reason
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="one model; nothing is written")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which Torch-Pruning is not run again")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    start = time.time()
+    rows = []
+    for name, size in MODELS.items():
+        if options.only and name != options.only:
+            continue
+        rows.append(measure(name, size, options.repeats, options.limit))
+        row = rows[-1]
+        print(
+            f"{name:42s} forward {row['forward']:.3f}  trace {row['trace']:.3f}  ours {row['ours']:.3f}  again "
+            f"{row['again']:.3f}  theirs {row.get('theirs', float('nan')):.3f} s  {row.get('ratio', 0):.1f}x  again "
+            f"{row.get('ratio_again', 0):.0f}x  memory {row['memory_over_model']:.2f}  {row.get('theirs_reason', '')}",
+            flush=True,
+        )
+    both = [row for row in rows if "ratio" in row]
+    summary = {
+        f"geometric_mean_{key}": round(math.exp(statistics.fmean(math.log(row[key]) for row in both)), 2)
+        for key in ("ratio", "ratio_again")
+        if both
+    }
+    summary |= {"models_both_do": len(both), "slowest_ratio": min((row["ratio"] for row in both), default=None)}
+    print(summary)
+    if not options.only:
+        what = "seconds from a network to the same with half of its channels, ours and Torch-Pruning 1.6.1"
+        write_json(RESULT, {"what": what, **provenance(time.time() - start), **summary, "results": rows})
+
+
+if __name__ == "__main__":
+    main()
