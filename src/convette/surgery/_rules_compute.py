@@ -312,8 +312,11 @@ def spatial(tracer: Tracer, call: Call) -> Any:
     layers = []
     for layer in tracer.layers(call.first):
         if set(varying(layer)) <= set(axes):
-            tracer.freeze(call)
-            return ()
+            # Places, not channels: a table of positions that is resized stays as it is.
+            tracer.store.freeze(layer, call.index)
+            if varying(layer) and not tracer.value(call.first).weight:
+                tracer.report(call)
+            continue
         # A channel's rows and columns are mixed: they are one channel's or nobody's.
         layer = tracer.store.unite_along(layer, [axis for axis in varying(layer) if axis in axes], call.index)
         index = tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(layer.ndim))
