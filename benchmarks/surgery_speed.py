@@ -7,7 +7,7 @@ Both run in one process, one thread, turn by turn, on copies of one model, and r
 layer but the last, chosen at random. Ours: trace, choose, edit, apply. Torch-Pruning: `BasePruner` with
 `RandomImportance`, local ratio 0.5, output layers ignored. *again*: a second, other selection from what is already
 known: for us the same `ChannelGraph` on a fresh copy; Torch-Pruning's graph belongs to the model it changed, so it
-has to start over. The median of the repeats is reported. Models Torch-Pruning cannot do, or not within `--limit` seconds,
+has to start over. The median of the repeats is reported. Models it cannot do, or not within `--limit` seconds,
 are listed without a ratio. Writes benchmarks/results/surgery_speed.json.
 """
 
