@@ -1,6 +1,7 @@
 """Random networks: shrink, JSON, replay, fold, file names of groups; every one proved in float64."""
 
 import json
+import os
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -40,7 +41,12 @@ def check(operations, seed):
     surgery.apply(model, *folds, example=images, prove=True, tolerance=1e-9)
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(
+    max_examples=int(os.environ.get("CONVETTE_GRAPHS", "500")),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+)
 @given(st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=7), st.integers(0, 1 << 20))
 def test_random_networks(operations, seed):
     check(operations, seed)

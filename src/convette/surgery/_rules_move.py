@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convette.surgery._labels import moved, normalised, reshaped, spread, varying
+from convette.surgery._labels import inhabited, moved, normalised, reshaped, spread, varying
 from convette.surgery._tracer import Call, Fixed, Layers, Operand, Tracer, Value
 
 
@@ -227,6 +227,13 @@ def setitem(tracer: Tracer, call: Call) -> Layers:
     shape = target[index].shape
     if new.ndim == len(shape) == target.ndim:
         _given_labels(tracer, target, {axis for layer in tracer.layers(new) for axis in varying(layer)})
+    if 0 in shape and new.ndim == target.ndim:
+        # Nothing is written this time; what would be is still the same channels.
+        for old in tracer.layers(target):
+            for layer in tracer.layers(new):
+                if varying(inhabited(old)) == varying(inhabited(layer)):
+                    tracer.store.unite(old, layer, call.index)
+        return tracer.layers(target)
     region = tuple(layer[index] for layer in tracer.layers(target))
     full = tuple(size > 1 for size in shape)
     if new.ndim > len(shape):
