@@ -169,3 +169,15 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError):
         main(["show", "nowhere.safetensors", "--debug"])
+
+
+def test_show_units_says_and_draws_what_goes_together(capsys, tmp_path):
+    picture = tmp_path / "units.svg"
+    assert main(["show", "resnet20", "--units", "--out", str(picture)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("12 groups") and "layer1.0.conv1: 16 channels" in text
+    assert picture.read_text().startswith("<svg")
+    assert main(["show", "resnet20", "--units", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["groups"]) == 12
+    assert main(["show", "resnet20", "--out", str(picture)]) == 2
+    assert main(["show", "resnet21", "--units"]) == 2

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from convette import data, models, surgery
-from convette._files import replacing
+from convette._files import replacing, write_text
 from convette.cost import Budget, Cost, LimitStatus, format_bytes, format_count, format_milliseconds, status_text
 from convette.cost import measure as measure_cost
 from convette.data import Preprocessing
@@ -64,6 +64,22 @@ def _side(model: nn.Module, constructor: str) -> int:
     if ours and (name.startswith("simplenet_cifar") or models.CONSTRUCTORS.get(name) == "cifar_resnet"):
         return CIFAR_SIDE
     return 299 if name == "inception_v3" else IMAGENET_SIDE
+
+
+def units_of(model: nn.Module, picture: Path | None = None) -> tuple[dict[str, Any], str]:
+    """Return which channels of a network go together, as JSON values and in words; draw them to `picture` (SVG) too.
+
+    Raises `StructureError` where the network does not run on noise of its input's shape.
+    """
+    size = input_of(model)
+    graph = surgery.trace(model, torch.randn(1, size.channels, size.height, size.width))
+    if picture is not None:
+        if picture.suffix != ".svg":
+            raise UsageError(f"{picture}: the picture of the units is an .svg file.")
+        write_text(picture, surgery.units_svg(graph))
+    groups = [{"name": group.name, "size": group.size, "text": surgery.group_line(group)} for group in graph.groups]
+    frozen = [str(operator) for operator in graph.frozen]
+    return {"groups": groups, "units": graph.units, "frozen": frozen}, surgery.units_text(graph)
 
 
 def cost_of(
