@@ -186,7 +186,9 @@ def _parts(names: list[str]) -> dict[str, results.Part]:
             layer_after="layer3.2",
             reason="the last spatial stage.",
             images=looked,
-            drift=0.05, drift_interval=(0.04, 0.06), drift_images=256,
+            drift=0.05,
+            drift_interval=(0.04, 0.06),
+            drift_images=256,
         ),
     }
 
