@@ -67,7 +67,7 @@ def test_a_finished_run_shows_everything_and_needs_nothing_outside(tmp_path: Pat
     for shown in (
         "97.78 %",
         "−0.83 points",
-        "40 % of before",
+        "40 % of it",
         "verified",
         "int8 is not faster here.",
         "layer3.2",

@@ -113,7 +113,7 @@ def change(row: Row) -> str:
     if not row.before:
         return "–"
     ratio = row.after / row.before
-    return f"{100 * ratio:.0f} % of before" if ratio >= 0.1 else f"{100 * ratio:.1f} % of before"
+    return f"{100 * ratio:.0f} % of it" if ratio >= 0.1 else f"{100 * ratio:.1f} % of it"
 
 
 def _card_keys(run: RunRecord) -> list[str]:
