@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -49,6 +49,7 @@ def test_computed_values(z, r, expected):
 
 @settings(max_examples=80, deadline=None)
 @given(z=LOGITS, r=st.floats(0, 1), shift=st.floats(-3, 3), seed=st.integers(0, 99))
+@example(z=[0.0, 1e-9], r=0.5, shift=0.0, seed=0)
 def test_it_stays_on_the_simplex_in_order(z, r, shift, seed):
     z = tensor(*z)
     p = sparsestmax(z, r)

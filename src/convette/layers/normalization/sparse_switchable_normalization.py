@@ -63,8 +63,11 @@ def sparsestmax(z: Float[Tensor, "*k"], radius: float | Tensor, dim: int = -1) -
     tie = max(1e-12, 4 * torch.finfo(z.dtype).eps) ** 2
     for _ in range(max(z.shape[dim] - 1, 1)):
         support = p > 0
-        centre = support.to(z.dtype) / support.sum(dim, keepdim=True).to(z.dtype)
+        count = support.sum(dim, keepdim=True).to(z.dtype)
+        centre = support.to(z.dtype) / count
         away = p - centre
+        # Near a tie, p - centre is small and its rounding is not: kept in the face, the result sums to 1.
+        away = away - support.to(z.dtype) * away.sum(dim, keepdim=True) / count
         squared = away.square().sum(dim, keepdim=True)
         still = squared < tie  # one-hot, or tied: rounding must not pick
         length = torch.where(still, 1.0, squared).sqrt()
