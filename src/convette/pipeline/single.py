@@ -82,7 +82,7 @@ def prune_file(recipe: Recipe, out: Path | str) -> PruneOutcome:
         data,
         Budget.parse(recipe.budget.limits),
         recipe.prune,
-        train_settings=recovery_settings(recipe.train),
+        train_settings=recovery_settings(recipe.train, recipe.prune.epochs),
         measure=measure_from_start,
         checkpoint_dir=checkpoints,
         device=device,

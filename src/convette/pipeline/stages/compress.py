@@ -22,7 +22,7 @@ def compress(run: Run, folder: Path) -> CompressResult:
         run.data,
         run.budget,
         run.recipe.prune,
-        train_settings=recovery_settings(run.recipe.train),
+        train_settings=recovery_settings(run.recipe.train, run.recipe.prune.epochs),
         measure=measure_from_start,
         checkpoint_dir=run.folder.checkpoints("compress"),
         device=run.device,
@@ -40,10 +40,14 @@ def compress(run: Run, folder: Path) -> CompressResult:
     )
 
 
-def recovery_settings(train: TrainSettings) -> TrainSettings:
-    """Return how to train after a cut: as before, but gently, because the weights that are left are good ones."""
+def recovery_settings(train: TrainSettings, epochs: int) -> TrainSettings:
+    """Return how to train for `epochs` after a cut: as before, but gently, because the weights that are left are good.
+
+    Half the peak learning rate where there is time to settle again, a fifth in a short recovery: in three epochs of
+    ResNet-56 on CIFAR-10 half of it lost six points of validation that a fifth kept.
+    """
     peak = train.peak_learning_rate(train.batch_size * train.accumulate)
-    return replace(train, learning_rate=peak / 2, warmup_epochs=0.2, label_smoothing=0.0)
+    return replace(train, learning_rate=peak / (2 if epochs >= 10 else 5), warmup_epochs=0.2, label_smoothing=0.0)
 
 
 def limit_result(status: LimitStatus) -> LimitResult:
