@@ -33,9 +33,15 @@ class GradualPruning(Method):
 
     Args:
         budget: limits on macs, parameters or size (of one image), absolute or relative to the start of the training.
-        criterion, criterion_options, multiple_of, min_fraction, seed: as in `PruneSettings`.
+        criterion: as in `PruneSettings`, like the four below.
+        criterion_options: as there.
+        multiple_of: as there.
+        min_fraction: as there.
+        seed: as there.
         allocation: "global" or "uniform".
-        begin, end, times: when, see above.
+        begin: when the first cut is made, see above.
+        end: when the last one is made.
+        times: how many cuts are made.
         calibration: batches of (images, labels), ready for the network, for the criteria that need them.
 
     Costs a trace and a scoring at each cut; steps become cheaper as the network does. Raises `BudgetError` at the first
