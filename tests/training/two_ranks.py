@@ -7,9 +7,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from conftest import small_data, small_network
 from torch import nn
 
+from conftest import small_data, small_network
 from convette import surgery
 from convette.data import load_data
 from convette.training import Event, Method, TrainSettings, distributed, evaluate, finish_distributed, train
