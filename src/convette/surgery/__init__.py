@@ -5,6 +5,7 @@ into a `Shrink` edit; `apply` carries edits out on a live model; `save_model` an
 where it came from, what was done to it, and its tensors: one ``.safetensors`` file without code.
 """
 
+from convette.surgery._append import Append
 from convette.surgery._apply import StructureChange, apply, replay
 from convette.surgery._constructing import trusting
 from convette.surgery._convert import Convert
@@ -13,8 +14,9 @@ from convette.surgery._edits import Edit, ParameterChange, Rewrite, Shrink
 from convette.surgery._edits_json import edit_from_json
 from convette.surgery._file import Header, load_model, read_header, save_model
 from convette.surgery._fold import Fold, fold, fold_edits
+from convette.surgery._fold_layer import FoldLayer
 from convette.surgery._fold_more import FoldConvs, FoldScale, Merge, Nothing, Reparameterize
-from convette.surgery._folding_more import fold_further, further_folds, reparameterize
+from convette.surgery._folding_more import fold_further, fold_layers, further_folds, reparameterize
 from convette.surgery._graph import ChannelGraph, Constraints, Group, Member, Selection
 from convette.surgery._grow import Grow, Scale
 from convette.surgery._growing import grow, ungrow
@@ -29,12 +31,14 @@ from convette.surgery._trace import trace
 from convette.surgery._tracer import FrozenOperator
 
 __all__ = [
+    "Append",
     "ChannelGraph",
     "Constraints",
     "Convert",
     "Edit",
     "Fold",
     "FoldConvs",
+    "FoldLayer",
     "FoldScale",
     "FrozenOperator",
     "Group",
@@ -68,6 +72,7 @@ __all__ = [
     "fold",
     "fold_edits",
     "fold_further",
+    "fold_layers",
     "further_folds",
     "group_line",
     "grow",

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from convette.errors import StructureError
 from convette.surgery._edits import Added, Change, Edit, ParameterChange, Shrink, sliced
+from convette.surgery._fold_layer import without_values
 from convette.surgery._log import structure_log
 from convette.surgery._trace import evaluating, outputs_of, run, trace
 
@@ -130,8 +131,9 @@ def _merge(result: StructureChange, name: str, part: ParameterChange) -> None:
 
 
 def replay(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
-    """Carry out `edits` on a freshly built `model`, as loading a file does; returns the model."""
-    apply(model, *edits)
+    """Carry out `edits` on a freshly built `model`, whose values come later, as loading a file does; returns it."""
+    with without_values():
+        apply(model, *edits)
     return model
 
 

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convette.errors import FileFormatError, StructureError
 
@@ -29,6 +29,12 @@ _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _MOST_ELEMENTS = 1 << 31
 _LARGEST = 1 << 32
 _DEPTH = 4
+# Other names one layer has for the same argument as another.
+_SYNONYMS = (
+    ("in_channels", "in_features", "in_chs", "in_planes"),
+    ("out_channels", "out_features", "out_chs", "out_planes"),
+    ("affine", "elementwise_affine"),
+)
 _trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 
 
@@ -144,3 +150,19 @@ def _tupled(value: Any) -> Any:
 def listed(value: Any) -> Any:
     """Return `value` as JSON has it: tuples become lists."""
     return [listed(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def from_attributes(old: nn.Module, key: str) -> tuple[bool, Any]:
+    """Return whether a layer's attributes tell what it was given as constructor argument `key`, and what."""
+    names = next((group for group in _SYNONYMS if key in group), (key,))
+    for name in (key, *names):
+        if not hasattr(old, name):
+            continue
+        value = getattr(old, name)
+        if name == "bias":
+            return True, isinstance(value, Tensor) or value is True
+        if is_plain(value) and not (value is None and name != "padding_mode"):
+            return True, value
+    if key in ("affine", "elementwise_affine") and hasattr(old, "weight"):
+        return True, old.weight is not None
+    return False, None

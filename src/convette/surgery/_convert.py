@@ -1,12 +1,14 @@
-"""Converting: a layer replaced by a sibling, its weights carried over where names and shapes agree."""
+"""Converting: a layer replaced by a sibling, with what it has learned: as the new layer says, or by name and shape."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from convette.errors import FileFormatError
+from convette.errors import ConvetteError, FileFormatError, StructureError
+from convette.layers import TakesOver
 from convette.surgery._constructing import check_arguments, check_constructor, construct, listed
 from convette.surgery._edits import Change, find_module
 from convette.surgery._fold import _remains
@@ -17,11 +19,12 @@ from convette.surgery._placing import like_its_place, place
 class Convert:
     """Replace `module` by a new layer of class `constructor` (``"module:Class"``) made with JSON `arguments`.
 
-    Parameters and buffers that both layers call the same and shape the same stay the same objects, so that optimiser
-    state and gradients stay too; new parameters join the optimiser beside those they replace
-    (`StructureChange.migrate_optimizer`). With `keep_activation` what a norm does besides normalising (timm's
-    norm-with-activation layers) goes on after the new layer. Random weights follow from `seed` and the name. Hooks on
-    the old layer are lost.
+    A new layer with a method ``take_over(old)`` (`convette.layers.TakesOver`) fetches what the old one has learned
+    itself. Parameters and buffers that both call the same and shape the same stay the same objects, unless the new
+    layer took something else over under that name, so that optimiser state and gradients stay too; new parameters
+    join the optimiser beside those they replace (`StructureChange.migrate_optimizer`). With `keep_activation` what a
+    norm does besides normalising (timm's norm-with-activation layers) goes on after the new layer. Random weights
+    follow from `seed` and the name. Hooks on the old layer are lost.
     """
 
     module: str
@@ -72,13 +75,38 @@ class Convert:
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Let `new` hold the very parameters and buffers of `old` that it calls the same and shapes the same."""
+    """Let `new` take over from `old` if it can, and hold the very parameters and buffers that both call and shape the
+    same."""
+    own = _taken_over(old, new)
     modules = dict(new.named_modules())
     for buffers in (False, True):
         ours = dict(old.named_buffers() if buffers else old.named_parameters())
         for name, tensor in list(new.named_buffers() if buffers else new.named_parameters()):
             known = ours.get(name)
-            if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
+            if known is None or known.shape != tensor.shape or known.dtype != tensor.dtype:
+                continue
+            if name not in own or torch.equal(known, tensor):
                 owner, _, leaf = name.rpartition(".")
                 table: dict[str, Any] = modules[owner]._buffers if buffers else modules[owner]._parameters
                 table[leaf] = known
+
+
+def _taken_over(old: nn.Module, new: nn.Module) -> set[str]:
+    """Call ``new.take_over(old)`` where there is one; return the names of what that changed."""
+    if not isinstance(new, TakesOver):
+        return set()
+    before = {name: tensor.clone() for name, tensor in _tensors(new).items()}
+    try:
+        with torch.no_grad():
+            new.take_over(old)
+    except ConvetteError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise StructureError(f"{type(new).__name__} cannot take over from {type(old).__name__}: {reason}") from error
+    after = _tensors(new)
+    return {name for name, tensor in after.items() if name not in before or not torch.equal(tensor, before[name])}
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from convette.errors import StructureError, did_you_mean
 from convette.surgery._apply import StructureChange, apply
-from convette.surgery._constructing import constructor_name, is_plain, layer_class, listed
+from convette.surgery._constructing import constructor_name, from_attributes, is_plain, layer_class, listed
 from convette.surgery._convert import Convert
 from convette.surgery._placing import is_block
 from convette.surgery._trace import call, evaluating, outputs_of
@@ -21,11 +21,6 @@ WHERE = ("all", "stem", "head", "first in block", "last in block", "first in sta
 _CHANNELS = (
     *("num_features", "num_channels", "channels", "normalized_shape", "dim", "features", "in_channels", "in_features"),
     *("in_chs", "in_planes", "inplanes", "planes", "width", "num_parameters", "out_channels", "out_features"),
-)
-_SYNONYMS = (
-    ("in_channels", "in_features", "in_chs", "in_planes"),
-    ("out_channels", "out_features", "out_chs", "out_planes"),
-    ("affine", "elementwise_affine"),
 )
 
 
@@ -232,27 +227,12 @@ def _arguments(
     for key, item in list(signature.items())[1:]:
         if key in given or key in ("device", "dtype") or item.kind in (item.VAR_KEYWORD, item.VAR_POSITIONAL):
             continue
-        found, value = _from_old(old, key)
+        found, value = from_attributes(old, key)
         if found:
             result[key] = listed(value)
         elif item.default is item.empty:
             result[key] = _required(name, old, made, key, channels)
     return result
-
-
-def _from_old(old: nn.Module, key: str) -> tuple[bool, Any]:
-    names = next((group for group in _SYNONYMS if key in group), (key,))
-    for name in (key, *names):
-        if not hasattr(old, name):
-            continue
-        value = getattr(old, name)
-        if name == "bias":
-            return True, isinstance(value, Tensor) or value is True
-        if is_plain(value) and not (value is None and name != "padding_mode"):
-            return True, value
-    if key in ("affine", "elementwise_affine") and hasattr(old, "weight"):
-        return True, old.weight is not None
-    return False, None
 
 
 def _required(name: str, old: nn.Module, made: type[nn.Module], key: str, channels: _Channels) -> Any:

@@ -3,9 +3,11 @@
 from typing import Any
 
 from convette.errors import FileFormatError, did_you_mean
+from convette.surgery._append import Append
 from convette.surgery._convert import Convert
 from convette.surgery._edits import Edit, Shrink
 from convette.surgery._fold import Fold
+from convette.surgery._fold_layer import FoldLayer
 from convette.surgery._fold_more import FoldConvs, FoldScale, Merge, Reparameterize
 from convette.surgery._grow import Grow, Scale
 from convette.surgery._insert import Insert
@@ -17,10 +19,12 @@ _KINDS = {
     Grow.kind: Grow.from_json,
     Scale.kind: Scale.from_json,
     Convert.kind: Convert.from_json,
+    Append.kind: Append.from_json,
     Insert.kind: Insert.from_json,
     Remove.kind: Remove.from_json,
     FoldConvs.kind: FoldConvs.from_json,
     FoldScale.kind: FoldScale.from_json,
+    FoldLayer.kind: FoldLayer.from_json,
     Merge.kind: Merge.from_json,
     Reparameterize.kind: Reparameterize.from_json,
 }

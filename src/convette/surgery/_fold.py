@@ -187,13 +187,15 @@ def _pair(model: nn.Module, layer: str, norm: str) -> bool:
 def fold(model: nn.Module, example: Any) -> nn.Module:
     """Return a copy of `model`, in eval mode, with everything folded away that can be exactly; the folds are logged.
 
-    Blocks that know their inference form take it (timm's RepVGG, MobileOne, FastViT ...); batch norms go into the
+    Layers that know what they are at inference become it (`convette.layers.Foldable`), blocks that know their inference
+    form take it (timm's RepVGG, MobileOne, FastViT ...); batch norms go into the
     layers beside them; then scales, layers in a row and branches side by side become one where that costs no more.
     The output on any input equals the model's up to rounding (relative error about 1e-6 in float32).
     """
-    from convette.surgery._folding_more import fold_further, reparameterize
+    from convette.surgery._folding_more import fold_further, fold_layers, reparameterize
 
     folded = copy.deepcopy(model).eval()
+    fold_layers(folded, example)
     reparameterize(folded, example)
     apply(folded, *fold_edits(folded, example))
     fold_further(folded, example)

@@ -1,7 +1,8 @@
 """Finding what `_fold_more` can fold: from the flow of one run, every find proved before it is kept."""
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from convette.surgery._apply import apply, relative_error
 from convette.surgery._dataflow import Node, dataflow
 from convette.surgery._edits import Edit, find_module
 from convette.surgery._fold import _is_batch_norm
+from convette.surgery._fold_layer import FoldLayer, description, plain_forms
 from convette.surgery._fold_more import (
     METHODS,
     FoldConvs,
@@ -25,7 +27,7 @@ from convette.surgery._fold_more import (
 )
 from convette.surgery._trace import call, evaluating
 from convette.surgery._tracer import tensors_in
-from convette.surgery._trial import trial_error
+from convette.surgery._trial import in_double, trial_error
 
 _ROUNDS = 20
 _LAYERS = ("conv1d", "conv2d", "conv3d", "linear")
@@ -41,8 +43,8 @@ def reparameterize(model: nn.Module, example: Any, tolerance: float = 1e-5) -> l
     their copy gives the same on what they read in a run on `example` and has no more parameters.
     """
     done: list[Reparameterize] = []
-    seen = _calls(model, example)
     names = [name for name, module in model.named_modules() if name and _method(module)]
+    seen = _calls(model, example, names)
     for name in names:
         if any(name.startswith(f"{edit.module}.") for edit in done):
             continue
@@ -66,16 +68,38 @@ def _count(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in module.state_dict().values())
 
 
-def _calls(model: nn.Module, example: Any) -> dict[int, list[tuple[Any, dict[str, Any]]]]:
+def fold_layers(model: nn.Module, example: Any, tolerance: float = 1e-5) -> list[FoldLayer]:
+    """Put the plain layer in the place of every layer of `model` that knows what it is at inference
+    (`convette.layers.Foldable`), in place and logged; return the edits.
+
+    A layer stays where it must (its ``folded()`` raises), or where its plain form does something else on what the
+    layer reads in a run on `example` (relative error over `tolerance`, in double precision too).
+    """
+    forms = plain_forms(model)
+    seen = _calls(model, example, list(forms))
+    done = []
+    for name, form in forms.items():
+        module = find_module(model, name)
+        edit = FoldLayer(name, *description(name, form))
+        if _same(module, form, seen.get(id(module), []), tolerance) or _same_in_double(module, form, seen, tolerance):
+            apply(model, edit)
+            done.append(edit)
+    return done
+
+
+def _same_in_double(module: nn.Module, form: nn.Module, seen: Mapping[int, list[Any]], tolerance: float) -> bool:
+    calls = [(in_double(args), in_double(kwargs)) for args, kwargs in seen.get(id(module), [])]
+    return _same(copy.deepcopy(module).double(), copy.deepcopy(form).double(), calls, tolerance)
+
+
+def _calls(model: nn.Module, example: Any, names: Sequence[str]) -> dict[int, list[tuple[Any, dict[str, Any]]]]:
     seen: dict[int, list[tuple[Any, dict[str, Any]]]] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         clone = [item.clone() if isinstance(item, Tensor) else item for item in args]
         seen.setdefault(id(module), []).append((clone, kwargs))
 
-    handles = [
-        module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules() if _method(module)
-    ]
+    handles = [find_module(model, name).register_forward_pre_hook(note, with_kwargs=True) for name in names]
     try:
         if handles:
             with evaluating(model):

@@ -30,7 +30,7 @@ def trial_error(model: nn.Module, edits: Sequence[Edit], example: Any, tolerance
     error = _once(model, edits, example)
     if error <= tolerance:
         return error
-    return _once(copy.deepcopy(model).double(), edits, _in_double(example))
+    return _once(copy.deepcopy(model).double(), edits, in_double(example))
 
 
 def _once(model: nn.Module, edits: Sequence[Edit], example: Any) -> float:
@@ -54,9 +54,10 @@ def _once(model: nn.Module, edits: Sequence[Edit], example: Any) -> float:
     return math.inf if any(math.isnan(error) for error in errors) else max(errors, default=0.0)
 
 
-def _in_double(value: Any) -> Any:
+def in_double(value: Any) -> Any:
+    """Return `value` with every floating-point tensor in it in double precision."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, Mapping):
-        return {key: _in_double(item) for key, item in value.items()}
-    return tuple(map(_in_double, value)) if isinstance(value, list | tuple) else value
+        return {key: in_double(item) for key, item in value.items()}
+    return tuple(map(in_double, value)) if isinstance(value, list | tuple) else value
