@@ -6,7 +6,15 @@ are independent: any goes with any. `prune` puts them together.
 
 from convette.pruning._measured import measure_latencies
 from convette.pruning._units import Scores
-from convette.pruning.allocation import ALLOCATIONS, WidthRules, find_allocation, global_ranking, per_layer, uniform
+from convette.pruning.allocation import (
+    ALLOCATIONS,
+    WidthRules,
+    exact,
+    find_allocation,
+    global_ranking,
+    per_layer,
+    uniform,
+)
 from convette.pruning.criteria import (
     CRITERIA,
     bn_scale,
@@ -36,6 +44,7 @@ __all__ = [
     "WidthRules",
     "bn_scale",
     "check_budget",
+    "exact",
     "find_allocation",
     "find_criterion",
     "global_ranking",

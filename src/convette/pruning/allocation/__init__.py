@@ -11,6 +11,7 @@ from torch import Tensor
 
 from convette.errors import UsageError, did_you_mean
 from convette.pruning.allocation._ladder import Ladder, WidthRules, build_ladders
+from convette.pruning.allocation.exact import exact
 from convette.pruning.allocation.global_ranking import global_ranking
 from convette.pruning.allocation.per_layer import per_layer
 from convette.pruning.allocation.uniform import uniform
@@ -20,6 +21,7 @@ __all__ = [
     "Ladder",
     "WidthRules",
     "build_ladders",
+    "exact",
     "find_allocation",
     "global_ranking",
     "per_layer",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 ALLOCATIONS: dict[str, str] = {
+    "exact": "convette.pruning.allocation.exact:exact",
     "global": "convette.pruning.allocation.global_ranking:global_ranking",
     "per_layer": "convette.pruning.allocation.per_layer:per_layer",
     "uniform": "convette.pruning.allocation.uniform:uniform",

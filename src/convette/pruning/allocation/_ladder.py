@@ -46,6 +46,11 @@ class Ladder:
         """Return the sorted units that stay on `rung`."""
         return self.order[: self.widths[rung]].sort().values
 
+    def rung_of(self, selection: Mapping[str, Tensor]) -> int:
+        """Return the rung that a selection puts the group on."""
+        kept = selection.get(self.name)
+        return len(self.widths) - 1 if kept is None else self.widths.index(len(kept))
+
     def removed_fraction(self, rung: int) -> float:
         """Return the share of the group's units that is gone on `rung`."""
         return 1 - self.widths[rung] / self.size

@@ -77,6 +77,20 @@ def _refill(
     return rungs
 
 
+def fill_up(ladders: Sequence[Ladder], rungs: Rungs, fits: Callable[[Rungs], bool]) -> Rungs:
+    """Give units back, the dearest block that fits first, until none fits any more."""
+    rungs = dict(rungs)
+    open_ = {ladder.name: ladder for ladder in ladders if rungs[ladder.name] < len(ladder.widths) - 1}
+    while open_:
+        name = max(open_, key=lambda name: open_[name].block_scores[rungs[name]])
+        if fits({**rungs, name: rungs[name] + 1}):
+            rungs[name] += 1
+            if rungs[name] < len(open_[name].widths) - 1:
+                continue
+        del open_[name]
+    return rungs
+
+
 def selection_of(ladders: Sequence[Ladder], rungs: Mapping[str, int]) -> dict[str, Tensor]:
     """Return the kept units of every group that is not whole."""
     return {
