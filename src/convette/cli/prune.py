@@ -10,7 +10,12 @@ from convette.cli._output import results
 
 
 def prune(
-    out: Annotated[Path, typer.Option("--out", help="The file to write: NAME.safetensors.")],
+    name: Annotated[
+        str | None, typer.Argument(help="resnet20 ..., timm:NAME, torchvision:NAME or FILE.safetensors. (model.name)")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file to write: NAME.safetensors; else MODEL-pruned.safetensors.")
+    ] = None,
     model: o.Model = None,
     data: o.Data = None,
     budget: o.BudgetOption = None,
@@ -29,6 +34,7 @@ def prune(
     mean: o.Mean = None,
     std: o.Std = None,
     max_bad: o.MaxBad = None,
+    contention: o.Contention = None,
     seed: o.Seed = None,
     device: o.Device = None,
     set_: o.Set = None,
@@ -36,14 +42,18 @@ def prune(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Remove channels of a network until it fits a budget, and recover its accuracy by training."""
-    from convette.pipeline.single import prune_file
+    """Remove channels of a network until it fits a budget, and recover its accuracy by training.
+
+    With --epochs 0 no data is needed: the network is only cut.
+    """
+    from convette.pipeline.from_example import prune_from_example
+    from convette.pipeline.single import check_prune, prune_file
     from convette.training import distributed
 
     values = o.overrides(
         set_,
         data__source=data,
-        model__name=model,
+        model__name=one_name(name, model),
         budget__limits=budget,
         prune__epochs=epochs,
         prune__criterion=criterion,
@@ -53,15 +63,31 @@ def prune(
         data__mean=o.numbers("--mean", mean),
         data__std=o.numbers("--std", std),
         data__max_bad=o.share("--max-bad", max_bad),
+        run__contention=contention,
         run__seed=seed,
         run__device=device,
     )
     with results(json) as show:
-        done = prune_file(o.recipe_of(None, recipe, values), out)
-        text = (
-            f"{done.file}: {done.text}\ntest accuracy {100 * done.accuracy_before:.2f} % before, "
-            f"{100 * done.accuracy_after:.2f} % after; {done.seconds:.0f} s"
-        )
+        wanted = o.recipe_of(None, recipe, values)
+        file = out or Path(f"{Path(wanted.model.name.rpartition(':')[2]).stem}-pruned.safetensors")
+        check_prune(wanted, file)
+        without_data = recipe is None and not any(key.startswith("data.") for key in values) and not wanted.prune.epochs
+        done = (prune_from_example if without_data else prune_file)(wanted, file)
+        text = f"{done.file}: {done.text}\n"
+        if done.accuracy_before is not None and done.accuracy_after is not None:
+            text += (
+                f"test accuracy {100 * done.accuracy_before:.2f} % before, {100 * done.accuracy_after:.2f} % after; "
+            )
+        text += f"{done.seconds:.0f} s"
         if distributed.is_main():
             show(done.to_json(), text)
         distributed.finish_distributed()
+
+
+def one_name(argument: str | None, option: str | None) -> str | None:
+    """Return the network that was named, as argument or as ``--model``; raises `UsageError` for two."""
+    from convette.errors import UsageError
+
+    if argument is not None and option is not None:
+        raise UsageError(f"two networks were given, {argument} and {option}; keep one.")
+    return argument or option

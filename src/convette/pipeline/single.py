@@ -13,7 +13,7 @@ from convette._progress import note, set_quiet
 from convette.cost import Budget, status_text
 from convette.data import ImageData
 from convette.errors import ConvetteError, UsageError
-from convette.pipeline._latency import measure_from_start
+from convette.pipeline._latency import measurer
 from convette.pipeline.inspect import input_of, open_model
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import LimitResult, PathPoint
@@ -26,11 +26,12 @@ from convette.training import distributed, evaluate, resolve_device, start_distr
 
 @dataclass(frozen=True)
 class PruneOutcome:
-    """A network pruned into `file`: the way there, the limits, accuracy on the test split before and after."""
+    """A network pruned into `file`: the way there, the limits, accuracy on the test split before and after (None
+    without data)."""
 
     file: Path
-    accuracy_before: float
-    accuracy_after: float
+    accuracy_before: float | None
+    accuracy_after: float | None
     path: tuple[PathPoint, ...]
     limits: tuple[LimitResult, ...]
     text: str
@@ -54,12 +55,7 @@ def prune_file(recipe: Recipe, out: Path | str) -> PruneOutcome:
     The test split is used once, at the end, for both networks. A run that was stopped goes on from ``OUT.checkpoint/``.
     """
     out = Path(out)
-    if out.suffix != ".safetensors":
-        raise UsageError(f"--out {out}: a network is written as .safetensors.")
-    if not recipe.budget.limits:
-        raise UsageError('prune needs a budget, such as --budget "macs<=50%".')
-    if recipe.model.name == "auto":
-        raise UsageError("prune needs a network: --model NAME with --weights FILE, or --model FILE.safetensors.")
+    check_prune(recipe, out)
     start_distributed(recipe.run.device)
     if not distributed.is_main():
         set_quiet(True)
@@ -83,7 +79,7 @@ def prune_file(recipe: Recipe, out: Path | str) -> PruneOutcome:
         Budget.parse(recipe.budget.limits),
         recipe.prune,
         train_settings=recovery_settings(recipe.train, recipe.prune.epochs),
-        measure=measure_from_start,
+        measure=measurer(Budget.parse(recipe.budget.limits), recipe.run.contention),
         checkpoint_dir=checkpoints,
         device=device,
     )
@@ -104,6 +100,16 @@ def prune_file(recipe: Recipe, out: Path | str) -> PruneOutcome:
         text=status_text(result.statuses),
         seconds=round(result.seconds, 1),
     )
+
+
+def check_prune(recipe: Recipe, out: Path) -> None:
+    """Raise `UsageError` where `recipe` lacks what pruning into the file `out` needs."""
+    if out.suffix != ".safetensors":
+        raise UsageError(f"--out {out}: a network is written as .safetensors.")
+    if not recipe.budget.limits:
+        raise UsageError('prune needs a budget, such as --budget "macs<=50%".')
+    if recipe.model.name == "auto":
+        raise UsageError("prune needs a network: --model NAME with --weights FILE, or --model FILE.safetensors.")
 
 
 def load_recipe_data(recipe: Recipe) -> ImageData:
