@@ -46,6 +46,12 @@ BudgetOption = Annotated[
     str | None,
     typer.Option("--budget", help='Limits, such as "macs<=40%, latency<=2ms@openvino:cpu". [budget.limits]'),
 ]
+Contention = Annotated[
+    int | None,
+    typer.Option(
+        "--contention", min=0, max=64, help="Background processes while latency is measured. (run.contention)"
+    ),
+]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training images. (train.epochs)")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe; options given beside it go over it.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random. (run.seed)")]

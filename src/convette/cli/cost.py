@@ -1,6 +1,6 @@
 """``convette cost``."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,22 @@ def cost(
         list[str] | None,
         typer.Option("--engine", help="Where to measure latency: eager, compiled, onnxruntime, openvino:cpu:bf16 ..."),
     ] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(
+            "--engines", help="all: every engine and precision in turns, and which to use; or names with commas."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Images for int8 with --engines: digits, folder:PATH ...; else random.")
+    ] = None,
+    contention: Annotated[
+        str | None,
+        typer.Option("--contention", help="Background processes while measuring: 1, or 0,1,2 to compare conditions."),
+    ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option("--against", help="Another network to compare under --contention.")
+    ] = None,
     no_latency: Annotated[bool, typer.Option("--no-latency", help="Only count.")] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images at once.")] = 1,
     image_size: Annotated[int | None, typer.Option("--image-size", min=1, help="Side of the images.")] = None,
@@ -31,16 +47,32 @@ def cost(
 ) -> int:
     """Count what a network costs, layer by layer and in total, and measure its latency here."""
     from convette.pipeline.inspect import cost_of, cost_report, open_model, required_name
+    from convette.pipeline.latency_study import conditions_of, engine_report, study_of, survey_of
+
+    def opened(which: str) -> Any:
+        return open_model(which, weights=weights, pretrained=pretrained, num_classes=classes, in_channels=channels)
 
     with results(json) as show:
-        network = open_model(
-            required_name(name, model),
-            weights=weights,
-            pretrained=pretrained,
-            num_classes=classes,
-            in_channels=channels,
+        name = required_name(name, model)
+        network = opened(name)
+        levels = conditions_of(contention)
+        if len(levels) > 1 or against:
+            networks = {name: network, **{other: opened(other) for other in against or []}}
+            report, text = study_of(networks, levels, tuple(engine or ()), batch_size=batch_size, image_size=image_size)
+            show(report, text)
+            return 0
+        survey = None
+        if engines is not None and not no_latency:
+            survey = survey_of(network, engines, data=data, batch_size=batch_size, image_size=image_size)
+        measured = () if no_latency or (survey and not engine) else tuple(engine) if engine else None
+        found, statuses = cost_of(
+            network,
+            measured,
+            batch_size=batch_size,
+            image_size=image_size,
+            budget=budget,
+            load=next(iter(levels)).processes,
         )
-        engines = () if no_latency else tuple(engine) if engine else None
-        found, statuses = cost_of(network, engines, batch_size=batch_size, image_size=image_size, budget=budget)
-        show(found.to_json(), cost_report(found, statuses))
+        report = found.to_json() | ({"engines": survey.to_json()} if survey else {})
+        show(report, engine_report(cost_report(found, statuses), survey))
     return 0 if all(status.met for status in statuses) else 4

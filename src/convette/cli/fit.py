@@ -15,6 +15,7 @@ def fit(
     mean: o.Mean = None,
     std: o.Std = None,
     max_bad: o.MaxBad = None,
+    contention: o.Contention = None,
     seed: o.Seed = None,
     device: o.Device = None,
     out: o.RunOut = None,
@@ -42,6 +43,7 @@ def fit(
         data__mean=o.numbers("--mean", mean),
         data__std=o.numbers("--std", std),
         data__max_bad=o.share("--max-bad", max_bad),
+        run__contention=contention,
         run__seed=seed,
         run__device=device,
     )

@@ -20,6 +20,7 @@ def measure(
     threads: int | None = None,
     time_limit: float = 5.0,
     relative_error: float = 0.02,
+    minimum_samples: int = 50,
 ) -> Cost:
     """Count what `model` costs and measure its latency on each of `engines`, interleaved in one run.
 
@@ -30,12 +31,19 @@ def measure(
         threads: CPU threads of every engine; None: those of torch.
         time_limit: seconds of measuring for each engine.
         relative_error: measuring ends when each median is known within this share of it (95 %).
+        minimum_samples: calls timed at least (time limit permitting); a p99 wants 500.
 
     Raises:
         UsageError: unknown engine, one this machine lacks, or an example that is no tensor.
     """
     costs = measure_together(
-        {"": model}, example, engines, threads=threads, time_limit=time_limit, relative_error=relative_error
+        {"": model},
+        example,
+        engines,
+        threads=threads,
+        time_limit=time_limit,
+        relative_error=relative_error,
+        minimum_samples=minimum_samples,
     )
     return costs[""]
 
@@ -48,6 +56,7 @@ def measure_together(
     threads: int | None = None,
     time_limit: float = 5.0,
     relative_error: float = 0.02,
+    minimum_samples: int = 50,
 ) -> dict[str, Cost]:
     """`measure` for several networks in one run, so that their latencies can be compared: what else the machine does
     hits all alike. Returns the cost of each by its name in `models`."""
@@ -65,7 +74,13 @@ def measure_together(
             for spec in specs
             for name, model in models.items()
         }
-        measured = measure_latency(runners, example, time_limit=time_limit, relative_error=relative_error)
+        measured = measure_latency(
+            runners,
+            example,
+            time_limit=time_limit,
+            relative_error=relative_error,
+            minimum_samples=minimum_samples,
+        )
     latencies: dict[str, dict[str, Latency]] = {
         name: {spec: measured[f"{spec}/{name}"] for spec in specs} for name in models
     }
@@ -74,5 +89,6 @@ def measure_together(
 
 def available_engines() -> tuple[str, ...]:
     """The engines this machine has, as "engine:device", the default precision of each."""
-    names = (f"{name}:{device}" for name, engine in ENGINES.items() for device in engine.devices)
+    general = {name: engine for name, engine in ENGINES.items() if engine.general}
+    names = (f"{name}:{device}" for name, engine in general.items() for device in engine.devices)
     return tuple(name for name in names if missing(name) is None)

@@ -14,7 +14,8 @@ from convette.cost import Budget, Cost, LimitStatus, format_bytes, format_count,
 from convette.cost import measure as measure_cost
 from convette.data import Preprocessing
 from convette.errors import UsageError, did_you_mean
-from convette.runtime import missing
+from convette.pipeline._latency import samples_for
+from convette.runtime import contention, missing
 
 CIFAR_SIDE, IMAGENET_SIDE = 32, 224
 PICTURE_SIDE = 320
@@ -89,10 +90,12 @@ def cost_of(
     batch_size: int = 1,
     image_size: int | None = None,
     budget: str | None = None,
+    load: int = 0,
 ) -> tuple[Cost, tuple[LimitStatus, ...]]:
     """Return the cost of a network on noise of its input's shape, and how it stands against an (absolute) `budget`.
 
     `engines`: where to measure latency, besides those the budget names; None: eager, ONNX Runtime and OpenVINO.
+    `load`: background processes meanwhile.
     """
     limits = Budget.parse(budget).on("eager:cpu") if budget else None
     if limits and any(limit.relative for limit in limits.limits):
@@ -101,11 +104,16 @@ def cost_of(
     if engines is None:
         wanted = tuple(engine for engine in wanted if missing(engine) is None)
     wanted = tuple(dict.fromkeys([*wanted, *(limits.engines if limits else ())]))
-    shape = input_of(model, image_size)
-    generator = torch.Generator().manual_seed(0)
-    example = torch.randn(batch_size, shape.channels, shape.height, shape.width, generator=generator)
-    cost = measure_cost(model, example, wanted)
+    example = noise(input_of(model, image_size), batch_size)
+    with contention(load):
+        cost = measure_cost(model, example, wanted, minimum_samples=samples_for(limits))
     return cost, limits.check(cost) if limits else ()
+
+
+def noise(shape: Preprocessing, batch_size: int) -> torch.Tensor:
+    """Return a batch of noise of an input's shape, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch_size, shape.channels, shape.height, shape.width, generator=generator)
 
 
 def cost_report(cost: Cost, statuses: tuple[LimitStatus, ...]) -> Any:

@@ -102,12 +102,16 @@ class ReportSection(Section):
 
 
 class RunSection(Section):
-    """`[run]`: where and on what. `engines` are measured besides those that the budget names."""
+    """`[run]`: where and on what. `engines` are measured besides those that the budget names.
+
+    `contention`: how many processes load the machine while latency is measured for the budget.
+    """
 
     out: str | None = None
     seed: int = 0
     device: str = "auto"
     engines: tuple[str, ...] = ("eager:cpu", "onnxruntime:cpu", "openvino:cpu")
+    contention: int = Field(default=0, ge=0, le=64)
 
 
 class Recipe(Section):

@@ -4,15 +4,32 @@ from convette.runtime._export import export, exported_size, read_export_metadata
 from convette.runtime._verify import Verification, verify
 from convette.runtime.engines import ENGINES, Engine, EngineSpec, Runner, missing, prepare
 from convette.runtime.latency import Choice, Latency, fastest, measure_latency, overlap
+from convette.runtime.latency_variability import (
+    Contention,
+    Load,
+    Reversal,
+    Spread,
+    VariabilityStudy,
+    contention,
+    spread,
+    study,
+    study_table,
+)
 
 __all__ = [
     "ENGINES",
     "Choice",
+    "Contention",
     "Engine",
     "EngineSpec",
     "Latency",
+    "Load",
+    "Reversal",
     "Runner",
+    "Spread",
+    "VariabilityStudy",
     "Verification",
+    "contention",
     "export",
     "exported_size",
     "fastest",
@@ -21,5 +38,8 @@ __all__ = [
     "overlap",
     "prepare",
     "read_export_metadata",
+    "spread",
+    "study",
+    "study_table",
     "verify",
 ]

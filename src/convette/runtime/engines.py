@@ -19,7 +19,10 @@ CHANNELS_LAST = "channels_last"
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine offers: devices, precisions (the first is the default) and the module that prepares it."""
+    """What an engine offers: devices, precisions (the first is the default) and the module that prepares it.
+
+    `general`: it runs any network, so that it is worth a try with all of them.
+    """
 
     title: str
     module: str
@@ -27,6 +30,7 @@ class Engine:
     precisions: tuple[str, ...]
     formats: tuple[str, ...] = ()
     channels_last: bool = False
+    general: bool = True
 
 
 ENGINES: dict[str, Engine] = {

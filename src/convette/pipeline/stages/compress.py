@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from convette.cost import LimitStatus
-from convette.pipeline._latency import measure_from_start
+from convette.pipeline._latency import measurer
 from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.recipe import Recipe, settings_json
 from convette.pipeline.results import CompressResult, LimitResult, PathPoint, Width
@@ -23,7 +23,7 @@ def compress(run: Run, folder: Path) -> CompressResult:
         run.budget,
         run.recipe.prune,
         train_settings=recovery_settings(run.recipe.train, run.recipe.prune.epochs),
-        measure=measure_from_start,
+        measure=measurer(run.budget, run.recipe.run.contention),
         checkpoint_dir=run.folder.checkpoints("compress"),
         device=run.device,
     )

@@ -1,5 +1,6 @@
 """Stage export: the files that are deployed."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from convette._progress import note
 from convette.cost import format_bytes
 from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.results import ExportedFile, ExportResult, FileFormat, QuantizationResult, read_result
-from convette.runtime import export, exported_size
+from convette.runtime import export, exported_size, fastest, measure_latency, prepare
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 
@@ -27,20 +28,37 @@ def export_network(run: Run, folder: Path) -> ExportResult:
         source = run.path / "quantize" / quantized.file
         path = _copy(source, folder / f"model-int8{source.suffix}")
         files.append(_described(run, path, "onnx" if path.suffix == ".onnx" else "openvino", "int8"))
-    files = _recommend(files, quantized)
+    files = _recommend(files, quantized) if quantized is not None else _fastest(run, files)
     for file in files:
         note(f"export: {run.path / file.file} ({format_bytes(file.bytes)})")
     return ExportResult(files=files)
 
 
-def _recommend(files: list[ExportedFile], quantized: QuantizationResult | None) -> list[ExportedFile]:
-    """Mark the file to deploy: what the stage quantize kept, else the last one."""
-    best = len(files) - 1
-    if quantized is not None:
-        form = "openvino" if quantized.kept.startswith("openvino") else "onnx"
-        precision = "int8" if quantized.file else "fp32"
-        matching = [i for i, file in enumerate(files) if (file.format, file.precision) == (form, precision)]
-        best = matching[0] if matching else best
+def _recommend(files: list[ExportedFile], quantized: QuantizationResult) -> list[ExportedFile]:
+    """Mark the file to deploy: the one the stage quantize measured and kept, else the last one."""
+    form = "openvino" if quantized.kept.startswith("openvino") else "onnx"
+    precision = "int8" if quantized.file else "fp32"
+    matching = [i for i, file in enumerate(files) if (file.format, file.precision) == (form, precision)]
+    return _marked(files, matching[0] if matching else len(files) - 1)
+
+
+def _fastest(run: Run, files: list[ExportedFile]) -> list[ExportedFile]:
+    """Mark the file to deploy where nothing was quantised: the one whose engine is the fastest here, by measuring."""
+    readers = {"onnx": "onnxruntime:cpu", "openvino": "openvino:cpu"}
+    places = {readers[file.format]: i for i, file in enumerate(files) if file.format in readers}
+    if len(places) < 2:
+        return _marked(files, len(files) - 1)
+    with contextlib.ExitStack() as stack:
+        runners = {
+            engine: stack.enter_context(prepare(engine, run.path / files[i].file, run.example))
+            for engine, i in places.items()
+        }
+        choice = fastest(measure_latency(runners, run.example, time_limit=2.0))
+    note(f"export: {choice.reason}")
+    return _marked(files, places[choice.name])
+
+
+def _marked(files: list[ExportedFile], best: int) -> list[ExportedFile]:
     return [file.model_copy(update={"recommended": i == best}) for i, file in enumerate(files)]
 
 

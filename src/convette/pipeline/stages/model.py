@@ -10,7 +10,7 @@ from convette import models, surgery
 from convette._progress import note
 from convette.cost import Cost, count, format_count
 from convette.data import ImageData
-from convette.pipeline._latency import measure_from_start
+from convette.pipeline._latency import measurer
 from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.recipe import ModelSection
 from convette.pipeline.results import ModelResult
@@ -82,7 +82,8 @@ def _check_budget(run: Run, model: nn.Module, data: ImageData) -> Cost | None:
 
     if run.budget is None:
         return None
-    return check_budget(model, data, run.budget, run.recipe.prune, measure=measure_from_start)
+    measure = measurer(run.budget, run.recipe.run.contention)
+    return check_budget(model, data, run.budget, run.recipe.prune, measure=measure)
 
 
 STAGE = Stage("model", choose_model)

@@ -11,7 +11,7 @@ from convette._files import replacing
 from convette._progress import note
 from convette.cost import Cost, count
 from convette.errors import ConvetteError
-from convette.pipeline._latency import measure_both
+from convette.pipeline._latency import measure_both, samples_for
 from convette.pipeline._run import Run, Stage
 from convette.pipeline.results import ExportedFile, ExportResult, FileCheck, VerifyResult, read_result
 from convette.pipeline.stages.compress import limit_result
@@ -40,7 +40,8 @@ def verify_run(run: Run, folder: Path) -> VerifyResult:
     _write_predictions(test_before, test_after, folder / "predictions.npz")
     _write_mistakes(run, test_after, folder / "mistakes.npz")
     engines = _engines(run) if files else ()
-    latencies = measure_both(before, after, run.example, engines, _int8(run, files))
+    load, samples = run.recipe.run.contention, samples_for(run.budget)
+    latencies = measure_both(before, after, run.example, engines, _int8(run, files), load=load, samples=samples)
     cost_before, cost_after = (
         replace(count(network, run.example), latency=latencies[name])
         for name, network in (("before", before), ("after", after))
