@@ -12,25 +12,62 @@ from typing import Any
 from torch import Tensor, nn
 
 from convette.errors import UsageError, did_you_mean
+from convette.pruning.criteria.activation_mean import activation_mean
+from convette.pruning.criteria.activation_rank import activation_rank
+from convette.pruning.criteria.apoz import apoz
 from convette.pruning.criteria.bn_scale import bn_scale
-from convette.pruning.criteria.l1 import l1
-from convette.pruning.criteria.l2 import l2
+from convette.pruning.criteria.fisher import fisher
+from convette.pruning.criteria.geometric_median import geometric_median
+from convette.pruning.criteria.group_norm import group_norm
+from convette.pruning.criteria.hessian_trace import hessian_trace
 from convette.pruning.criteria.lamp import lamp
+from convette.pruning.criteria.magnitude import l1, l2
 from convette.pruning.criteria.random import random
+from convette.pruning.criteria.second_order import second_order
 from convette.pruning.criteria.taylor import taylor
 from convette.surgery import ChannelGraph
 
-__all__ = ["CRITERIA", "bn_scale", "find_criterion", "l1", "l2", "lamp", "random", "score_units", "taylor"]
+__all__ = [
+    "CRITERIA",
+    "activation_mean",
+    "activation_rank",
+    "apoz",
+    "bn_scale",
+    "check_options",
+    "find_criterion",
+    "fisher",
+    "geometric_median",
+    "group_norm",
+    "hessian_trace",
+    "l1",
+    "l2",
+    "lamp",
+    "random",
+    "score_units",
+    "second_order",
+    "taylor",
+]
 
+_HERE = "convette.pruning.criteria"
 CRITERIA: dict[str, str] = {
-    "bn_scale": "convette.pruning.criteria.bn_scale:bn_scale",
-    "l1": "convette.pruning.criteria.l1:l1",
-    "l2": "convette.pruning.criteria.l2:l2",
-    "lamp": "convette.pruning.criteria.lamp:lamp",
-    "random": "convette.pruning.criteria.random:random",
-    "taylor": "convette.pruning.criteria.taylor:taylor",
+    "activation_mean": f"{_HERE}.activation_mean:activation_mean",
+    "activation_rank": f"{_HERE}.activation_rank:activation_rank",
+    "apoz": f"{_HERE}.apoz:apoz",
+    "bn_scale": f"{_HERE}.bn_scale:bn_scale",
+    "fisher": f"{_HERE}.fisher:fisher",
+    "geometric_median": f"{_HERE}.geometric_median:geometric_median",
+    "group_norm": f"{_HERE}.group_norm:group_norm",
+    "hessian_trace": f"{_HERE}.hessian_trace:hessian_trace",
+    "l1": f"{_HERE}.magnitude:l1",
+    "l2": f"{_HERE}.magnitude:l2",
+    "lamp": f"{_HERE}.lamp:lamp",
+    "random": f"{_HERE}.random:random",
+    "second_order": f"{_HERE}.second_order:second_order",
+    "taylor": f"{_HERE}.taylor:taylor",
 }
-NEED_DATA = frozenset({"taylor"})
+NEED_DATA = frozenset(
+    {"activation_mean", "activation_rank", "apoz", "fisher", "hessian_trace", "second_order", "taylor"}
+)
 
 
 def find_criterion(name: str) -> Callable[..., dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from convette.errors import UsageError
 from convette.pruning._units import finite_scores, sum_over_units, tensors_of
-from convette.pruning.criteria._magnitude import check_choice, normalised
+from convette.pruning.criteria.magnitude import check_choice, normalised
 from convette.surgery import ChannelGraph, Member
 
 

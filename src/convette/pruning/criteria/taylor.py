@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from convette.errors import UsageError
 from convette.pruning._units import finite_scores, sum_over_units, tensors_of, weight_members
-from convette.pruning.criteria._magnitude import check_choice, normalised
+from convette.pruning.criteria.magnitude import check_choice, normalised
 from convette.surgery import ChannelGraph, Member
 
 
