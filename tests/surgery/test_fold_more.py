@@ -101,16 +101,19 @@ def test_a_result_read_twice_stays():
         def forward(self, x):
             return self.b(self.b(self.a(x)))
 
-    folded_as(Twice)
-    folded_as(Shared)
+    twice, shared = folded_as(Twice), folded_as(Shared)
+    for folded in (twice, shared):
+        assert isinstance(folded.a, nn.Conv2d) and isinstance(folded.b, nn.Conv2d)
 
 
 def test_scales():
-    folded_as(lambda: Scaled(nn.Conv2d(4, 6, 3), (6, 1, 1)), "fold_scale")
+    folded = folded_as(lambda: Scaled(nn.Conv2d(4, 6, 3), (6, 1, 1)), "fold_scale")
+    assert not any(isinstance(module, Scale) for module in folded.modules())
     folded_as(lambda: Scaled(nn.Conv2d(4, 6, 3, bias=False), 1, nn.ReLU()), "fold_scale")
     folded_as(lambda: nn.Sequential(nn.Flatten(2), Scaled(nn.Linear(99, 7), 7)), "fold_scale")
     # Along another axis than that of the channels: not the layer's to hold.
-    folded_as(lambda: Scaled(nn.Conv2d(4, 7, 3), (1, 1, 7)))
+    kept = folded_as(lambda: Scaled(nn.Conv2d(4, 7, 3), (1, 1, 7)))
+    assert any(isinstance(module, Scale) for module in kept.modules())
 
 
 class Rep(nn.Module):
