@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
+from convette.surgery._calls import function_name, tensors_in
 from convette.surgery._rules import READS
 from convette.surgery._trace import call, evaluating, outputs_of
-from convette.surgery._tracer import function_name, tensors_in
 
 _TAG = "_convette_flow"
 

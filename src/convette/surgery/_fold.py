@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from convette.errors import FileFormatError, StructureError
 from convette.surgery._apply import apply
 from convette.surgery._edits import Change, ParameterChange, find_module
-from convette.surgery._tracer import Records
+from convette.surgery._records import Records
 
 _LAYERS = (_ConvNd, nn.Linear)
 

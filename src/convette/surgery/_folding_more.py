@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from convette.errors import StructureError
 from convette.surgery._apply import apply, relative_error
+from convette.surgery._calls import tensors_in
 from convette.surgery._dataflow import Node, dataflow
 from convette.surgery._edits import Edit, find_module
 from convette.surgery._fold import _is_batch_norm
@@ -26,7 +27,6 @@ from convette.surgery._fold_more import (
     is_plain_layer,
 )
 from convette.surgery._trace import call, evaluating
-from convette.surgery._tracer import tensors_in
 from convette.surgery._trial import in_double, trial_error
 
 _ROUNDS = 20

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from convette.errors import StructureError, did_you_mean
 from convette.surgery._edits import Shrink
 from convette.surgery._labels import LabelStore, Slot
-from convette.surgery._tracer import FrozenOperator, Records
+from convette.surgery._records import FrozenOperator, Records
 
 Selection: TypeAlias = Mapping[str, Tensor]
 

@@ -11,9 +11,9 @@ from convette.surgery._edits import Shrink, find_tensor
 from convette.surgery._graph import ChannelGraph, Group, Member
 from convette.surgery._grow import MODES, Grow, Scale, Widening, old_places
 from convette.surgery._labels import narrowed, normalised, varying
+from convette.surgery._records import Layers, SizeCall
 from convette.surgery._shrinking import _follows_from_class, _new_groups, _probed, _static_attributes, shrink_edit
 from convette.surgery._sizes import Expectation, Sizes
-from convette.surgery._tracer import Layers, SizeCall
 from convette.surgery._trial import trial_error
 
 Plan = Mapping[str, int | Sequence[int]]

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from convette.surgery._calls import function_name, tensors_in
 from convette.surgery._edits import Shrink, find_tensor
 from convette.surgery._graph import ChannelGraph
+from convette.surgery._records import Layers, Scope
 from convette.surgery._rules import READS
 from convette.surgery._sizes import Expectation
 from convette.surgery._trace import call, evaluating, outputs_of
-from convette.surgery._tracer import Layers, Scope, function_name, tensors_in
 
 
 def keeping_of(graph: ChannelGraph, edit: Shrink) -> Tensor:

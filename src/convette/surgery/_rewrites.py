@@ -11,8 +11,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from convette.errors import StructureError
+from convette.surgery._calls import family, function_name, numbers_in
 from convette.surgery._edits import Change, Rewrite, find_module
-from convette.surgery._tracer import family, function_name, numbers_in
 
 Sizes = tuple[tuple[int | float, ...], ...]
 _REWRITES = "_convette_rewrites"

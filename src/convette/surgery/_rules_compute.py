@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from convette.surgery._labels import spread, varying
-from convette.surgery._tracer import Call, Layers, Operand, Tracer
+from convette.surgery._records import Call, Layers, Operand
+from convette.surgery._tracer import Tracer
 
 
 def _zeros(size: int) -> Tensor:

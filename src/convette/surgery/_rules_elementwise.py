@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convette.surgery._calls import tensors_in
 from convette.surgery._labels import inhabited, spread, varying
-from convette.surgery._tracer import Call, Layers, Operand, Tracer, tensors_in
+from convette.surgery._records import Call, Layers, Operand
+from convette.surgery._tracer import Tracer
 
 
 def elementwise(tracer: Tracer, call: Call) -> Any:

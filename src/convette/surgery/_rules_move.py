@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from convette.surgery._labels import inhabited, moved, normalised, reshaped, spread, varying
-from convette.surgery._tracer import Call, Fixed, Layers, Operand, Tracer, Value
+from convette.surgery._records import Call, Fixed, Layers, Operand, Value
+from convette.surgery._tracer import Tracer
 
 
 def _with_boxes(tracer: Tracer, call: Call, layers: Layers) -> Layers:

@@ -10,10 +10,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from convette.errors import StructureError
 from convette.surgery._attributes import attributes_of, is_size, like, plain
+from convette.surgery._calls import family
 from convette.surgery._edits import Rewrite, Shrink, find_module
 from convette.surgery._graph import ChannelGraph
+from convette.surgery._records import SizeCall
 from convette.surgery._sizes import Expectation, Mismatch, Probe
-from convette.surgery._tracer import SizeCall, family
 
 Attributes = dict[str, dict[str, Any]]
 _ROUNDS = 6

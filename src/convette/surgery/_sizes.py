@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from convette.errors import StructureError
+from convette.surgery._calls import family, function_name, source_line, tensors_in
 from convette.surgery._labels import narrowed, normalised, varying
+from convette.surgery._records import Layers, SizeCall
 from convette.surgery._rewrites import given_sizes, rewritten, whole_shape
-from convette.surgery._tracer import Layers, SizeCall, family, function_name, source_line, tensors_in
 
 Sizes = tuple[tuple[int | float, ...], ...]
 

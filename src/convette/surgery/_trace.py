@@ -15,8 +15,11 @@ from convette.surgery import _rules
 from convette.surgery._edits import forget_caches
 from convette.surgery._graph import ChannelGraph
 from convette.surgery._labels import narrowed, normalised, varying
+from convette.surgery._records import Records
 from convette.surgery._sizes import Probe
-from convette.surgery._tracer import Records, Tracer
+from convette.surgery._tracer import Tracer
+from convette.surgery._walk import Kept, Walk
+from convette.surgery._without_values import WithoutValues, without_values
 
 _ROUNDS = 30
 
@@ -26,7 +29,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Put `model` into eval mode without gradients for a while; every module's own mode comes back afterwards."""
     training = [module for module in model.modules() if module.training]
     fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
+    if training:
+        model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
@@ -97,22 +101,55 @@ def trace(model: nn.Module, example: Any) -> ChannelGraph:
 
     Cost: about three forward passes. Raises `StructureError` where the network does not run on the example.
     """
-    forget_caches(model)
-    tracer = Tracer(model, _rules.table(), _rules.READS)
-    with evaluating(model), running_modules(tracer):
-        tracer.known.update(id(tensor) for tensor in outputs_of(example, []))
-        with tracer:
-            output = run(model, example)
-        last = len(tracer.records.calls)
-        tracer.records.calls.append(("output", ""))
-        for tensor in outputs_of(output, []):
-            value = tracer.value(tensor)
-            tracer.records.uses[value.call] = tracer.records.uses.get(value.call, 0) + 1
-            for layer in value.layers:
-                tracer.store.freeze(layer, last)
-        roots = settle(tracer)
-    forget_caches(model)
+    walk = Walk(model)
+    kept = Kept(walk)
+    try:
+        with evaluating(model):
+            tracer, reason = _without(model, example, walk, kept)
+            if tracer is None:
+                tracer = Tracer(walk, _rules.table(), _rules.READS)
+                tracer.records.needed = reason
+                _label(tracer, model, example, kept)
+            roots = settle(tracer)
+    finally:
+        kept.restore()
     return ChannelGraph(model, example, tracer.store, tracer.records, roots)
+
+
+def _without(model: nn.Module, example: Any, walk: Walk, kept: Kept) -> tuple[Tracer | None, str]:
+    """Label the network by its shapes alone; where that takes values, return None and what asked for them."""
+    try:
+        bare, device = without_values(example)
+    except (RuntimeError, NotImplementedError):
+        device = None
+    if device is None:
+        return None, "the example"
+    values = WithoutValues(device, _rules.table(), _rules.READS)
+    drawn = torch.get_rng_state()
+    tracer = Tracer(walk, _rules.table(), _rules.READS, values)
+    try:
+        _label(tracer, model, bare, kept)
+    except Exception as error:  # whatever it was, the run with values will tell
+        values.reason = values.reason or str(error)
+    if values.reason is None:
+        return tracer, ""
+    torch.set_rng_state(drawn)
+    kept.restore()
+    return None, values.reason
+
+
+def _label(tracer: Tracer, model: nn.Module, example: Any, kept: Kept) -> None:
+    forget_caches(model)
+    tracer.known.update(id(tensor) for tensor in (*kept.tensors, *outputs_of(example, [])))
+    with running_modules(tracer), tracer:
+        output = run(model, example)
+    last = len(tracer.records.calls)
+    tracer.records.calls.append(("output", ""))
+    for tensor in outputs_of(output, []):
+        value = tracer.value(tensor)
+        tracer.records.uses[value.call] = tracer.records.uses.get(value.call, 0) + 1
+        for layer in value.layers:
+            tracer.store.freeze(layer, last)
 
 
 def run(model: nn.Module, example: Any) -> Any:

@@ -4,137 +4,30 @@ The tracer is a `TorchFunctionMode`: each PyTorch function the network calls pas
 always, and then its rule says which labels the result has. A function without a rule freezes what it touches.
 """
 
-import os
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from convette.surgery._calls import family, function_name, inputs_of, numbers_in, source_line, tensors_in
 from convette.surgery._labels import LabelStore, Slot, inhabited, spread, varying
+from convette.surgery._records import (
+    Call,
+    FrozenOperator,
+    Layers,
+    Operand,
+    Records,
+    Scope,
+    SizeCall,
+    Step,
+    Value,
+)
+from convette.surgery._walk import Walk
+from convette.surgery._without_values import WithoutValues
 
-Layers = tuple[Tensor, ...]
 _TAG = "_convette_value"
-_CHECKER = f"{os.sep}jaxtyping{os.sep}"
-_HIDDEN = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
-
-
-class Value(NamedTuple):
-    """What is known of one tensor: its layers, whether it comes from parameters alone, and which call made it.
-
-    `blank` is the call that created it as zeros, ones or the like, -1 for any other: such a tensor belongs to nobody
-    until it meets something, and then takes the channels it meets.
-    """
-
-    layers: Layers
-    weight: bool
-    call: int
-    blank: int = -1
-
-
-@dataclass(slots=True)
-class Call:
-    """One function call of the network."""
-
-    index: int
-    name: str
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    out: Any
-    module: str
-    occurrence: int
-
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """Return the argument at `position` or called `name`."""
-        if position < len(self.args):
-            return self.args[position]
-        return self.kwargs.get(name, default)
-
-    @property
-    def first(self) -> Tensor:
-        """The tensor the function works on."""
-        return self.args[0] if self.args else self.kwargs["input"]
-
-    def on(self, tensor: Tensor) -> Any:
-        """Call the same function with the same arguments on `tensor`."""
-        if self.args:
-            return self.func(tensor, *self.args[1:], **self.kwargs)
-        return self.func(**{**self.kwargs, "input": tensor})
-
-
-class Operand(NamedTuple):
-    """A value spread over a common shape: along which axes it has its full size, and its layers in that shape.
-
-    `blank` is set for a tensor of zeros or the like that meets channels here for the first time.
-    """
-
-    full: tuple[bool, ...]
-    layers: Layers
-    blank: "tuple[SizeCall, torch.Size] | None" = None
-
-
-@dataclass(frozen=True)
-class FrozenOperator:
-    """A function that fixed the channels it touched: its name, the module that was running and the source line."""
-
-    name: str
-    module: str
-    where: str
-
-    def __str__(self) -> str:
-        """Say it in one line."""
-        return f"{self.name} in {self.module or 'the model'} ({self.where})"
-
-
-@dataclass
-class SizeCall:
-    """A call whose arguments hold sizes that change with the channels, and what it takes to find the new ones."""
-
-    call: int
-    name: str
-    module: str
-    where: str
-    kind: str  # shape, slice, split, pad, roll, gather, groups, normalized_shape
-    axis: int
-    given: Any
-    inputs: Layers
-    outputs: tuple[Layers, ...]
-    occurrence: int
-
-
-@dataclass
-class Scope:
-    """A call whose result depends on a statistic over channels: removing one changes the others by nature."""
-
-    call: int
-    name: str
-    module: str
-    axes: tuple[int, ...]
-    layers: Layers
-    inputs: tuple[Layers, ...]
-    outputs: tuple[Layers, ...] = ()
-
-
-@dataclass
-class Fixed:
-    """`chosen` was picked by a constant index along `axis` of `layer`, which therefore must not shrink there."""
-
-    layer: Tensor
-    axis: int
-    chosen: Tensor
-
-
-@dataclass
-class Step:
-    """A convolution, linear or batch norm that a module ran on its own weight, and the call whose result it read."""
-
-    module: str
-    source: int
 
 
 def _fill(item: "SizeCall", layers: list[Tensor], shape: torch.Size) -> None:
@@ -150,109 +43,26 @@ def _fill(item: "SizeCall", layers: list[Tensor], shape: torch.Size) -> None:
     item.outputs = ((*item.outputs[0], *found),)
 
 
-def source_line() -> str:
-    """Return ``file:line`` of the network's code that is running, leaving out PyTorch's own files and ours."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((*_HIDDEN, "<")) and _CHECKER not in name:
-            return f"{Path(name).parent.name}/{Path(name).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "?"
-
-
-def tensors_in(value: Any, found: list[Tensor]) -> list[Tensor]:
-    """Collect the tensors in nested lists, tuples and dicts into `found`."""
-    if isinstance(value, Tensor):
-        found.append(value)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            tensors_in(item, found)
-    elif isinstance(value, dict):
-        for item in value.values():
-            tensors_in(item, found)
-    return found
-
-
-def inputs_of(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors among the arguments of a call, in order."""
-    found: list[Tensor] = []
-    for item in (*args, *kwargs.values()):
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, list | tuple | dict) and item:
-            tensors_in(item, found)
-    return found
-
-
-def numbers_in(args: Iterable[Any]) -> tuple[int | float, ...]:
-    """Return the Python numbers among the arguments of a call."""
-    return tuple(item for item in args if isinstance(item, int | float) and not isinstance(item, bool))
-
-
-def function_name(func: Any) -> str:
-    """Return a plain name for a function PyTorch hands to a mode: in-place and operator forms fold into one."""
-    name = getattr(func, "__name__", "") or ""
-    home = getattr(func, "__module__", None) or ""
-    if name == "__get__":
-        return "." + getattr(func.__self__, "__name__", "?")
-    if name == "unfold" and home == "torch.nn.functional":
-        return "im2col"
-    if home.startswith("torch._ops."):
-        return f"{home.removeprefix('torch._ops.')}::{name}"
-    if home and not home.startswith("torch"):
-        return f"{home}.{name}"
-    if name.startswith("__") and name.endswith("__"):
-        return name
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
-
-
-def family(name: str) -> str:
-    """Return the name under which calls are counted: all ways to split count as one, as each can stand for another."""
-    return "split" if name in ("chunk", "tensor_split", "split_with_sizes") else name
-
-
-@dataclass
-class Records:
-    """What the trace noted besides unions, for solving and for applying edits."""
-
-    calls: list[tuple[str, str]] = field(default_factory=list)
-    frozen: list[FrozenOperator] = field(default_factory=list)
-    sizes: list[SizeCall] = field(default_factory=list)
-    scopes: list[Scope] = field(default_factory=list)
-    boxes: list[tuple[Tensor, int]] = field(default_factory=list)
-    fixed: list[Fixed] = field(default_factory=list)
-    whole_groups: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # module -> input labels, groups
-    heads: dict[str, tuple[int, Tensor]] = field(default_factory=dict)  # nn.MultiheadAttention -> heads
-    scalars: dict[int, SizeCall] = field(default_factory=dict)  # calls given Python numbers
-    unseen: set[str] = field(default_factory=set)  # modules that read tensors nobody saw being made
-    blanks: dict[int, SizeCall] = field(default_factory=dict)  # calls that create zeros, ones...
-    uses: dict[int, int] = field(default_factory=dict)  # call -> how often its result was read
-    steps: dict[int, Step] = field(default_factory=dict)  # calls that may be folded
-
-
 class Tracer(TorchFunctionMode):
     """The mode under which a network is labelled; see `trace`."""
 
-    def __init__(self, model: nn.Module, rules: dict[str, Any], reads: frozenset[str]) -> None:
-        """Prepare to label `model` with `rules` (function name -> rule); `reads` are functions without effect."""
+    def __init__(
+        self, walk: Walk, rules: dict[str, Any], reads: frozenset[str], values: WithoutValues | None = None
+    ) -> None:
+        """Prepare to label the network of `walk` with `rules` (function name -> rule); `reads` are functions without
+        effect; `values` carries functions out where they are to be run for their shapes alone."""
         super().__init__()
         self.store = LabelStore()
         self.records = Records()
         self.rules = rules
         self.reads = reads
-        self.module_names = {id(module): name for name, module in model.named_modules()}
+        self.values = values
+        self.module_names = walk.names
+        self.parameters = walk.tensors
         self.stack: list[str] = [""]
         self.counts: list[dict[str, int]] = [{}]
-        self.parameters: dict[int, str] = {}
-        # The tensors are held so that their ids stay theirs.
-        self.held: list[Tensor] = []
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if id(tensor) not in self.parameters:
-                self.parameters[id(tensor)] = name
-                self.held.append(tensor)
         self._names: dict[Any, str] = {}
-        self.known = {id(tensor) for tensor in _kept_tensors(model)}
+        self.known: set[int] = set()
 
     # Values ----------------------------------------------------------------------------------------------------------
 
@@ -463,7 +273,7 @@ class Tracer(TorchFunctionMode):
         name = self._names.get(func)
         if name is None:
             name = self._names[func] = function_name(func)
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs) if self.values is None else self.values(func, name, args, kwargs)
         if name in self.reads:
             if isinstance(out, Tensor):
                 self.mark(out, _CONSTANT)
@@ -549,16 +359,6 @@ class Tracer(TorchFunctionMode):
 
 _GIVEN_SIZES = frozenset(("view", "reshape", "unflatten", "expand"))
 _CONSTANT = Value((), True, -1)
-
-
-def _kept_tensors(model: nn.Module) -> list[Tensor]:
-    """Return the tensors modules hold as plain attributes."""
-    found: list[Tensor] = []
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if name[0] != "_" and isinstance(value, Tensor | list | tuple | dict):
-                tensors_in(value, found)
-    return found
 
 
 _FOLDABLE = frozenset(
