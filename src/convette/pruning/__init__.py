@@ -29,6 +29,7 @@ from convette.pruning.criteria import (
     l1,
     l2,
     lamp,
+    linear_redundancy,
     random,
     score_units,
     second_order,
@@ -36,6 +37,7 @@ from convette.pruning.criteria import (
 )
 from convette.pruning.gradual import GradualPruning
 from convette.pruning.recovery import RECOVERY, recalibrate, recover
+from convette.pruning.redistribution import Repair, redistribute
 from convette.pruning.result import PruneResult, StepRecord
 from convette.pruning.schedule import check_budget, prune
 from convette.pruning.settings import PruneSettings
@@ -47,6 +49,7 @@ __all__ = [
     "GradualPruning",
     "PruneResult",
     "PruneSettings",
+    "Repair",
     "Scores",
     "StepRecord",
     "WidthRules",
@@ -66,12 +69,14 @@ __all__ = [
     "l1",
     "l2",
     "lamp",
+    "linear_redundancy",
     "measure_latencies",
     "per_layer",
     "prune",
     "random",
     "recalibrate",
     "recover",
+    "redistribute",
     "score_units",
     "second_order",
     "taylor",

@@ -21,6 +21,7 @@ from convette.pruning.criteria.geometric_median import geometric_median
 from convette.pruning.criteria.group_norm import group_norm
 from convette.pruning.criteria.hessian_trace import hessian_trace
 from convette.pruning.criteria.lamp import lamp
+from convette.pruning.criteria.linear_redundancy import linear_redundancy
 from convette.pruning.criteria.magnitude import l1, l2
 from convette.pruning.criteria.random import random
 from convette.pruning.criteria.second_order import second_order
@@ -42,6 +43,7 @@ __all__ = [
     "l1",
     "l2",
     "lamp",
+    "linear_redundancy",
     "random",
     "score_units",
     "second_order",
@@ -58,15 +60,27 @@ CRITERIA: dict[str, str] = {
     "geometric_median": f"{_HERE}.geometric_median:geometric_median",
     "group_norm": f"{_HERE}.group_norm:group_norm",
     "hessian_trace": f"{_HERE}.hessian_trace:hessian_trace",
+    "information_gain": "convette.pruning.hardware_aware_filter_pruning:information_gain",
     "l1": f"{_HERE}.magnitude:l1",
     "l2": f"{_HERE}.magnitude:l2",
     "lamp": f"{_HERE}.lamp:lamp",
+    "linear_redundancy": f"{_HERE}.linear_redundancy:linear_redundancy",
     "random": f"{_HERE}.random:random",
     "second_order": f"{_HERE}.second_order:second_order",
     "taylor": f"{_HERE}.taylor:taylor",
 }
 NEED_DATA = frozenset(
-    {"activation_mean", "activation_rank", "apoz", "fisher", "hessian_trace", "second_order", "taylor"}
+    {
+        "activation_mean",
+        "activation_rank",
+        "apoz",
+        "fisher",
+        "hessian_trace",
+        "information_gain",
+        "linear_redundancy",
+        "second_order",
+        "taylor",
+    }
 )
 
 

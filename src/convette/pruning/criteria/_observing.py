@@ -103,17 +103,17 @@ def watching(model: nn.Module, readers: dict[str, list[Reader]], see: See) -> It
         for group, reader in watched:
             see(group, reader, reader.take(value))
 
-    with _hooked(model, readers, note, copies=False):
+    with hooked(model, readers, note):
         yield
 
 
 @contextlib.contextmanager
-def _hooked(
+def hooked(
     model: nn.Module,
     readers: dict[str, list[Reader]],
     note: Callable[[list[tuple[str, Reader]], Tensor], None],
     *,
-    copies: bool,
+    copies: bool = False,
 ) -> Iterator[None]:
     """Call ``note(groups and readers, tensor)`` with what readers read. With `copies` each module goes on with a copy
     of its own, the tensor that `note` is given, so that gradients with respect to it are those of this reader alone."""
@@ -267,7 +267,7 @@ def sample_saliencies(
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         for images, labels in batches_of(calibration, criterion):
-            with _hooked(model, readers, lambda watched, value: seen.append((watched, value)), copies=True):
+            with hooked(model, readers, lambda watched, value: seen.append((watched, value)), copies=True):
                 total = loss(run(model, images), labels) * len(labels)
             gradients = torch.autograd.grad(total, [value for _, value in seen], allow_unused=True)
             found: dict[str, Tensor] = {}
