@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convette.cost import Budget, Cost, Limit, WidthCost, count, unreachable
+from convette.cost import Budget, Cost, LatencyCost, LatencyTable, Limit, WidthCost, count, unreachable
 from convette.pruning._cap_search import CapPoint, search_cap
 from convette.pruning._measured import MeasuredLimits, worst
 from convette.pruning._units import Scores
 from convette.pruning.allocation import WidthRules, build_ladders, find_allocation
-from convette.pruning.allocation._search import smallest_selection
+from convette.pruning.allocation._search import predicted, smallest_selection
 from convette.pruning.criteria import score_units
 from convette.pruning.settings import PruneSettings
 from convette.surgery import ChannelGraph, apply, trace
@@ -33,6 +33,19 @@ class Candidate:
     rules: WidthRules
     settings: PruneSettings
     calibration: Sequence[tuple[Tensor, Tensor]]
+
+    @property
+    def cap_metric(self) -> str:
+        """What stands for a measured cost between two measurements: latency by the table if there is one, or MACs."""
+        return "latency" if isinstance(self.width_cost, LatencyCost) else "macs"
+
+    def capped(self, selection: Selection) -> float:
+        """Return the predicted `cap_metric` of a selection."""
+        return float(predicted(self.width_cost, self.cap_metric, selection))
+
+    def cap_limit(self, cap: float) -> Limit:
+        """Return the limit ``cap_metric <= cap``."""
+        return Limit(metric=self.cap_metric, percentile=None, value=cap, relative=False, engine=None)
 
     def cut(self, selection: Selection) -> nn.Module:
         """Return a copy of the network with only the units of `selection`."""
@@ -63,8 +76,9 @@ def prepare_candidate(
     settings: PruneSettings,
     calibration: Sequence[tuple[Tensor, Tensor]],
     step: int,
+    table: LatencyTable | None = None,
 ) -> Candidate:
-    """Trace `network` and score its units; `step` varies what is drawn at random."""
+    """Trace `network` and score its units; `step` varies what is drawn at random; `table` lets latency be predicted."""
     graph = trace(network, example)
     scores = score_units(
         settings.criterion,
@@ -75,7 +89,8 @@ def prepare_candidate(
         options=settings.criterion_options,
     )
     rules = WidthRules(settings.multiple_of, minimum)
-    return Candidate(network, graph, WidthCost(network, example, graph), scores, rules, settings, calibration)
+    width_cost = LatencyCost(network, example, graph, table) if table else WidthCost(network, example, graph)
+    return Candidate(network, graph, width_cost, scores, rules, settings, calibration)
 
 
 def cut(network: nn.Module, graph: ChannelGraph, selection: Selection) -> nn.Module:
@@ -104,15 +119,16 @@ def reach_measured(
     candidate: Candidate,
     limits: Sequence[Limit],
     measured: MeasuredLimits,
-    macs_now: float,
+    now: float,
     *,
     guess: float | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Selection, float | None]:
-    """Return the selection with the most MACs that meets `limits` and the `measured` ones, and its cap on MACs.
+    """Return the largest selection that meets `limits` and the `measured` ones, and its cap on the `cap_metric`.
 
-    Latency is measured on shrunk copies, interleaved with the start, and searched as a function of the MACs that are
-    left. The cap is None if no measured limit asks for one.
+    Latency is measured on shrunk copies, interleaved with the start, and searched as a function of the MACs (or of the
+    latency by the table) that are left; `now` is that of the network. The cap is None if no measured limit asks for
+    one.
     """
     settings = candidate.settings
     plain = candidate.within(limits)
@@ -121,20 +137,16 @@ def reach_measured(
     shares = {name: worst(rows) for name, rows in measured.shares(networks).items()}
     if shares["plain"] <= 1:
         return plain, None
-    low = CapPoint(float(candidate.width_cost.macs(smallest)), shares["smallest"])
-    high = CapPoint(min(macs_now, float(candidate.width_cost.macs(plain))), shares["plain"])
+    low = CapPoint(candidate.capped(smallest), shares["smallest"])
+    high = CapPoint(min(now, candidate.capped(plain)), shares["plain"])
     found: dict[float, Selection] = {low.cap: smallest}
 
     def share_at(cap: float) -> float:
-        found[cap] = candidate.within([*limits, macs_limit(cap)])
+        found[cap] = candidate.within([*limits, candidate.cap_limit(cap)])
         share = worst(measured.shares({"candidate": candidate.cut(found[cap])})["candidate"])
-        note(f"  {cap / 1e6:.4g} M MACs: {share:.1%} of the limit")
+        named = f"{cap / 1e6:.4g} M MACs" if candidate.cap_metric == "macs" else f"{cap:.4g} ms by the table"
+        note(f"  {named}: {share:.1%} of the limit")
         return share
 
     best, _ = search_cap(share_at, low, high, guess=guess, margin=float(settings.latency_margin))
     return found[best.cap], best.cap
-
-
-def macs_limit(cap: float) -> Limit:
-    """Return the limit ``macs <= cap``."""
-    return Limit(metric="macs", percentile=None, value=cap, relative=False, engine=None)

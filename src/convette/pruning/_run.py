@@ -12,19 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from convette._progress import note
-from convette.cost import Budget, Cost, Limit, count
+from convette.cost import Budget, Cost, LatencyTable, Limit, count
 from convette.data import ImageData
 from convette.errors import UsageError
 from convette.pruning import allocation, criteria
 from convette.pruning._candidate import (
+    Candidate,
+    Selection,
     check_reachable,
     cut,
-    macs_limit,
     prepare_candidate,
     reach_measured,
 )
 from convette.pruning._distributed import copy_from_main_rank, decided_by_main_rank
 from convette.pruning._measured import MEASURED, Measure, MeasuredLimits
+from convette.pruning._predicting import make_table
 from convette.pruning._store import StateStore, fingerprint
 from convette.pruning.recovery import recalibrate, recover
 from convette.pruning.result import PruneResult, StepRecord, widths_of, write_history
@@ -55,6 +57,10 @@ class Run:
     edits_before: int
     step: int = 0
     cap: float | None = None
+    cap_metric: str = "macs"
+    cap_start: float = 0.0
+    reached: float = 0.0
+    table: LatencyTable | None = None
     records: list[StepRecord] = field(default_factory=list)
     recovery: list[EpochRecord] = field(default_factory=list)
     latencies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -66,6 +72,10 @@ class Run:
         return {
             "card": card_of(network).to_json(),
             "cap": self.cap,
+            "cap_metric": self.cap_metric,
+            "cap_start": self.cap_start,
+            "reached": self.reached,
+            "table": self.table.to_json() if self.table else None,
             "records": [record.to_json() for record in self.records],
             "recovery": [epoch.to_json() for epoch in self.recovery],
             "seconds": self.seconds(),
@@ -84,6 +94,9 @@ class Run:
             return network
         set_card(network, ModelCard.from_json(state.facts["card"]))
         self.step, self.cap = state.step, state.facts["cap"]
+        self.cap_metric, self.cap_start = state.facts["cap_metric"], state.facts["cap_start"]
+        self.reached, table = state.facts["reached"], state.facts["table"]
+        self.table = LatencyTable.from_json(table) if table else None
         self.records = [StepRecord.from_json(record) for record in state.facts["records"]]
         self.recovery = [EpochRecord(**epoch) for epoch in state.facts["recovery"]]
         self.seconds_before = state.facts["seconds"]
@@ -99,7 +112,8 @@ class Run:
         if self.step == 1:
             # Only now: a budget that cannot be reached costs no evaluation.
             self.records[0] = replace(self.records[0], accuracy=self.accuracy(network))
-        self.cap = decision["cap"]
+        self.cap, self.cap_metric = decision["cap"], decision["cap_metric"]
+        self.cap_start, self.reached = decision["cap_start"], decision["reached"]
         if decision["enough"]:
             _say("pruning: the network meets the budget as it is; nothing is removed")
             self.step = self.settings.steps
@@ -122,38 +136,51 @@ class Run:
         return check_reachable(candidate, self.budget, self.start, self.measured)
 
     def decide(self, network: nn.Module) -> dict[str, Any]:
-        """Choose the units that stay at this step: ``{"selection": {group: units}, "cap": MACs or None, "enough"}``.
+        """Choose the units that stay at this step, on rank 0.
 
-        `enough` says at the first step that all limits hold already, so that there is nothing to remove.
+        Returns ``{"selection": {group: units}, "enough", "cap", "cap_metric", "cap_start", "reached"}``: `enough` says
+        at the first step that all limits hold already, so that there is nothing to remove; the cap is on the MACs (or
+        the latency by the table), None if nothing measured asks for one; `reached` is the selection's own.
         """
-        calibration = self.calibration()
-        candidate = prepare_candidate(network, self.example, self.minimum, self.settings, calibration, self.step)
-        now = float(candidate.width_cost.macs({}))
-        cap = self.cap
+        if self.table is None and self.settings.predictor == "latency_table" and self.measured.engines:
+            self.table = make_table(self.parent, self.example, self.measured.engines[0], self.store.directory)
+        candidate = prepare_candidate(
+            network, self.example, self.minimum, self.settings, self.calibration(), self.step, self.table
+        )
+        start = self.cap_start or candidate.capped({})
+        selection, cap, enough = self._choose(candidate)
+        return {
+            "selection": _as_lists(selection),
+            "enough": enough,
+            "cap": cap,
+            "cap_metric": candidate.cap_metric,
+            "cap_start": start,
+            "reached": candidate.capped(selection),
+        }
+
+    def _choose(self, candidate: Candidate) -> tuple[Selection, float | None, bool]:
+        now, cap = candidate.capped({}), self.cap
         if self.step == 1:
             check_reachable(candidate, self.budget, self.start, self.measured)
             enough = Budget(tuple(self.limits)).met(self.start) if self.limits else True
             if self.measured.limits:
-                _say("pruning: looking for the MACs that meet the measured limits")
+                _say(f"pruning: looking for the {_named(candidate)} that meets the measured limits")
                 selection, cap = reach_measured(candidate, self.limits, self.measured, now, note=_say)
                 enough = enough and cap is None
                 if self.settings.steps == 1 and not enough:
-                    return {"selection": _as_lists(selection), "cap": cap, "enough": False}
+                    return selection, cap, False
             if enough:
-                return {"selection": {}, "cap": None, "enough": True}
+                return {}, None, True
+        start = self.cap_start or now
         if self.step < self.settings.steps:
-            selection = candidate.within(self.limits_at(self.step / self.settings.steps, cap))
-        elif self.measured.limits:
-            # A step beyond the last means that the final measurement missed: the cap was lowered for it.
-            floor = float(candidate.width_cost.macs(candidate.smallest()))
-            beyond = (macs_limit(max(cap or now, floor)),) if self.step > self.settings.steps else ()
-            selection, found = reach_measured(
-                candidate, (*self.limits, *beyond), self.measured, now, guess=cap, note=_say
-            )
-            cap = found if found is not None else cap
-        else:
-            selection = candidate.within(self.limits)
-        return {"selection": _as_lists(selection), "cap": cap, "enough": False}
+            return candidate.within(self.limits_at(self.step / self.settings.steps, cap, candidate, start)), cap, False
+        if not self.measured.limits:
+            return candidate.within(self.limits), cap, False
+        # A step beyond the last means that the final measurement missed: the cap was lowered for it.
+        floor = candidate.capped(candidate.smallest())
+        beyond = (candidate.cap_limit(max(cap or now, floor)),) if self.step > self.settings.steps else ()
+        selection, found = reach_measured(candidate, (*self.limits, *beyond), self.measured, now, guess=cap, note=_say)
+        return selection, found if found is not None else cap, False
 
     def repair(self, network: nn.Module, began: float) -> nn.Module:
         """Train the cut `network` for the epochs of this step, record it and keep it."""
@@ -195,7 +222,7 @@ class Run:
         if share <= 1 or self.step >= self.settings.steps + EXTRA_STEPS:
             return True
         # One disturbed measurement must not cost most of the network: a fifth of it at most.
-        self.cap = self.records[-1].cost.macs * max((1 - self.settings.latency_margin) / share, 0.8)
+        self.cap = self.reached * max((1 - self.settings.latency_margin) / share, 0.8)
         _say(f"pruning: the final measurement is at {share:.1%} of the limit; cutting further")
         return False
 
@@ -211,13 +238,13 @@ class Run:
         write_history(network, result, str(self.budget), self.settings)
         return result
 
-    def limits_at(self, fraction: float, cap: float | None) -> list[Limit]:
+    def limits_at(self, fraction: float, cap: float | None, candidate: Candidate, cap_start: float) -> list[Limit]:
         """Return the limits after this fraction of the steps: each cost falls by the same factor a step."""
-        limits = [*self.limits, *([macs_limit(cap)] if cap is not None else [])]
-        return [
+        found = [
             replace(limit, value=_on_the_way(float(self.start.get(limit.metric)), limit.value, fraction))
-            for limit in limits
+            for limit in self.limits
         ]
+        return [*found, *([candidate.cap_limit(_on_the_way(cap_start, cap, fraction))] if cap is not None else [])]
 
     def calibration(self) -> list[tuple[Tensor, Tensor]]:
         """Return the calibration batches, ready for the network; none without data."""
@@ -305,6 +332,10 @@ def to_device(example: Any, device: torch.device | str) -> Any:
     if isinstance(example, tuple | list):
         return type(example)(to_device(value, device) for value in example)
     return example
+
+
+def _named(candidate: Candidate) -> str:
+    return "number of MACs" if candidate.cap_metric == "macs" else "latency by the table"
 
 
 def _as_lists(selection: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from convette.errors import UsageError
-from convette.pruning.allocation import find_allocation
+from convette.pruning.allocation import ONLY_COUNTED, find_allocation
 from convette.pruning.criteria import check_options
 
 OptionValue = str | int | float | bool
@@ -25,6 +25,9 @@ class PruneSettings:
     - `multiple_of`: channels stay in multiples of this. `min_fraction`: this share of every group's units stays at
       least.
     - `calibration_images`: training images for the criteria and allocations that need data.
+    - `predictor`: what stands for a latency between two measurements: "macs", or "latency_table": layer times measured
+      once at the start, which tell a fast layer from one that only counts less; the allocation then spends
+      milliseconds. It takes seconds to minutes more.
     - `latency_margin`: a latency limit is aimed at from this share below, so that noise does not tip it over.
     - `seed`: of everything drawn at random.
 
@@ -43,12 +46,19 @@ class PruneSettings:
     multiple_of: int = 1
     min_fraction: float | int = 0.1
     calibration_images: int = 256
+    predictor: Literal["macs", "latency_table"] = "macs"
     latency_margin: float | int = 0.03
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_options(self.criterion, self.criterion_options)
         find_allocation(self.allocation)
+        if self.predictor not in ("macs", "latency_table"):
+            raise UsageError(f"prune.predictor = {self.predictor!r}: macs or latency_table is needed.")
+        if self.predictor == "latency_table" and self.allocation in ONLY_COUNTED:
+            raise UsageError(
+                f"prune.allocation = {self.allocation!r} needs a cost it can count; with a latency table use opti_cut."
+            )
         for name, least in (("steps", 1), ("epochs", 0), ("multiple_of", 1), ("calibration_images", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"prune.{name} = {getattr(self, name)}: at least {least} is needed.")

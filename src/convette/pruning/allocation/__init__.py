@@ -31,10 +31,13 @@ __all__ = [
 ALLOCATIONS: dict[str, str] = {
     "exact": "convette.pruning.allocation.exact:exact",
     "global": "convette.pruning.allocation.global_ranking:global_ranking",
+    "opti_cut": "convette.pruning.hardware_aware_filter_pruning:opti_cut",
     "per_layer": "convette.pruning.allocation.per_layer:per_layer",
     "uniform": "convette.pruning.allocation.uniform:uniform",
 }
 NEED_DATA = frozenset({"per_layer"})
+# Those that need to know how the cost comes about, and so cannot spend a latency that a table predicts.
+ONLY_COUNTED = frozenset({"exact"})
 
 
 def find_allocation(name: str) -> Callable[..., dict[str, Tensor]]:

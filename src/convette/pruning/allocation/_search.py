@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from convette.cost import Budget, Cost, Limit, WidthCost, unreachable
+from convette.cost import Budget, Cost, LatencyCost, Limit, WidthCost, unreachable
 from convette.errors import BudgetError, UsageError
 from convette.pruning.allocation._ladder import Ladder
 
@@ -106,13 +106,15 @@ def smallest_selection(ladders: Sequence[Ladder]) -> dict[str, Tensor]:
 
 
 def predicted(width_cost: WidthCost, metric: str, selection: Mapping[str, Tensor]) -> float | int:
-    """Return the cost of a selection on one of the metrics in `PREDICTED`."""
+    """Return the cost of a selection on one of the metrics in `PREDICTED`, or the latency of a `LatencyCost`."""
     if metric == "macs":
         return float(width_cost.macs(selection))
     if metric == "parameters":
         return float(width_cost.parameters(selection))
     if metric == "size":
         return float(width_cost.size(selection))
+    if metric == "latency" and isinstance(width_cost, LatencyCost):
+        return width_cost.latency(selection)
     raise UsageError(f"{metric} cannot be predicted from the widths; an allocation takes {', '.join(PREDICTED)}.")
 
 
@@ -129,6 +131,13 @@ def absolute_limits(limit: Limit | Sequence[Limit]) -> tuple[Limit, ...]:
 
 def out_of_reach(limits: Sequence[Limit], width_cost: WidthCost, smallest: Mapping[str, Tensor]) -> BudgetError:
     """Return the error that says which limit is missed by the smallest selection, and by how much."""
+    for one in limits:
+        if one.metric == "latency" and (least := predicted(width_cost, "latency", smallest)) > one.value:
+            return BudgetError(
+                f"The budget '{one}' cannot be reached: by the latency table the smallest network takes {least:.3g} ms."
+                " Raise the limit, start from a smaller model, or lower min_fraction."
+            )
     macs, parameters, size = (int(predicted(width_cost, metric, smallest)) for metric in PREDICTED)
+    limits = [one for one in limits if one.metric != "latency"]
     cost = Cost(parameters=parameters, macs=macs, size=size, memory=0)
     return unreachable(Budget(tuple(limits)), cost, "(min_fraction and multiple_of bound how far layers shrink.)")
