@@ -223,3 +223,18 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     with pytest.raises(Exception, match="no space left"):
         surgery.save_model(model, path)
     assert path.read_bytes() == before and [item.name for item in path.parent.iterdir()] == [path.name]
+
+
+def test_a_layer_that_asks_which_version_wrote_its_state_loads(tmp_path):
+    class Versioned(nn.Linear):
+        _version = 3
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+            if local_metadata.get("version") != 3:
+                raise ValueError("no version")
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    model = surgery.set_origin(nn.Sequential(Versioned(3, 4)), surgery.Origin("test"))
+    surgery.save_model(model, tmp_path / "m.safetensors")
+    again = surgery.load_model(tmp_path / "m.safetensors", lambda origin: nn.Sequential(Versioned(3, 4)))
+    assert torch.equal(again.state_dict()["0.weight"], model.state_dict()["0.weight"])

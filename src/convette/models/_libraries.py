@@ -45,16 +45,21 @@ def from_timm(name: str, num_classes: int, in_channels: int, pretrained: bool, s
 def from_torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool, stem: Stem) -> nn.Module:
     """Return the torchvision classifier `name` with its head and first convolution made for the data.
 
-    Auxiliary classifiers (GoogLeNet, Inception) are left out.
+    Auxiliary classifiers (GoogLeNet, Inception) are left out. Classifiers of clips (``r3d_18``) read
+    (n, 3, frames, h, w).
 
     Raises:
         UsageError: unknown name, weights that cannot be fetched, or no stem or first convolution to adapt.
     """
     from torchvision import models
 
-    names = models.list_models(module=models)
+    clips = models.list_models(module=models.video)
+    names = [*models.list_models(module=models), *clips]
     if name not in names:
-        raise UsageError(f"unknown model 'torchvision:{name}'.{did_you_mean(name, names)}")
+        other = "it is no classifier." if name in models.list_models() else did_you_mean(name, names).strip()
+        raise UsageError(f"unknown model 'torchvision:{name}'{'; ' if other.startswith('it') else '. '}{other}".rstrip())
+    if name in clips and (in_channels != 3 or stem == "small"):
+        raise UsageError(f"torchvision:{name} reads clips of 3 channels and has no small stem.")
     extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model = models.get_model(name, weights=None, num_classes=num_classes, **extra)
     _leave_out_auxiliary(model)

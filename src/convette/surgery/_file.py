@@ -243,7 +243,10 @@ def _load(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
         if len(kinds) == 1:
             model.to(kinds.pop())
-        model.load_state_dict(tensors, strict=True)
+        # Over the model's own state, which says in which version of its class it is.
+        own = model.state_dict()
+        own.update(tensors)
+        model.load_state_dict(own, strict=True)
     except ConvetteError:
         raise
     except RuntimeError as error:
