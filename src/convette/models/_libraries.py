@@ -56,8 +56,8 @@ def from_torchvision(name: str, num_classes: int, in_channels: int, pretrained: 
     clips = models.list_models(module=models.video)
     names = [*models.list_models(module=models), *clips]
     if name not in names:
-        other = "it is no classifier." if name in models.list_models() else did_you_mean(name, names).strip()
-        raise UsageError(f"unknown model 'torchvision:{name}'{'; ' if other.startswith('it') else '. '}{other}".rstrip())
+        hint = "; it is no classifier." if name in models.list_models() else f".{did_you_mean(name, names)}"
+        raise UsageError(f"unknown model 'torchvision:{name}'{hint}")
     if name in clips and (in_channels != 3 or stem == "small"):
         raise UsageError(f"torchvision:{name} reads clips of 3 channels and has no small stem.")
     extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
