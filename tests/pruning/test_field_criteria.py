@@ -23,31 +23,31 @@ from convette.pruning.criteria._gates import Gates
 from convette.pruning.criteria._observing import find_readers, sample_saliencies
 from convette.surgery import trace
 
-
 OWN = sorted(name for name, home in CRITERIA.items() if home.startswith("convette.pruning.criteria."))
 
 
 class Attention(nn.Module):
     """A token network with PyTorch's own attention and grouped, depthwise and flattened readers before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_first: bool = True) -> None:
         super().__init__()
         self.grouped = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU())
         self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ReLU())
         self.flat = nn.Linear(4 * 6, 8)
-        self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 4, batch_first=batch_first)
         self.head = nn.Linear(8, 10)
 
     def forward(self, x):
         x = self.flat(self.depthwise(self.grouped(x)).flatten(1)).relu()
-        tokens = torch.stack([x, x**2], dim=1)
-        return self.head(self.attention(tokens, tokens, tokens)[0].mean(1))
+        axis = 1 if self.attention.batch_first else 0
+        tokens = torch.stack([x, x**2], dim=axis)
+        return self.head(self.attention(tokens, tokens, tokens)[0].mean(axis))
 
 
-@pytest.fixture
-def attention():
+@pytest.fixture(params=[True, False])
+def attention(request):
     torch.manual_seed(0)
-    return Attention().eval()
+    return Attention(request.param).eval()
 
 
 def two_layers(units: int = 6) -> nn.Module:

@@ -101,10 +101,13 @@ class Moments:
         flat = torch.zeros(layout.parts, layout.columns, dtype=torch.float64)
         return Moments(square.clone(), square.clone(), square.clone(), flat.clone(), flat.clone())
 
-    def add(self, own: Tensor, reference: Tensor | None = None) -> None:
-        """Take in rows (parts, rows, columns); `reference` None: the network is its own reference."""
+    def add(self, own: Tensor, reference: Tensor | None = None, *, where: str) -> None:
+        """Take in rows (parts, rows, columns); `reference` None: the network is its own reference.
+
+        Raises `StructureError` for values that are not finite; `where` says who asks and what reads them.
+        """
         if not torch.isfinite(own).all():
-            raise StructureError("the calibration images make activations that are not finite.")
+            raise StructureError(f"{where} reads activations that are not finite; look at weights and calibration.")
         self.rows += own.shape[1]
         square = own.transpose(1, 2) @ own
         self.own += square
@@ -123,6 +126,7 @@ class Gathering:
 
     layouts: Mapping[str, Layout]
     rows: int
+    asker: str
     moments: dict[str, Moments] = field(default_factory=dict)
     calls: int = 0
 
@@ -131,7 +135,7 @@ class Gathering:
         self.calls += 1
         layout = self.layouts[parameter]
         found = as_rows(module, value, layout, self.rows, f"{parameter}:{self.calls}")
-        self.moments.setdefault(parameter, Moments.zeros(layout)).add(found)
+        self.moments.setdefault(parameter, Moments.zeros(layout)).add(found, where=f"{self.asker}: {parameter}")
 
 
 Note = Callable[[str, nn.Module, Tensor], None]

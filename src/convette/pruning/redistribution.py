@@ -72,7 +72,7 @@ def redistribute(
     if not work:
         return ()
     if not sequential:
-        gathering = Gathering({layer.parameter: layer.layout for layer in work}, rows)
+        gathering = Gathering({layer.parameter: layer.layout for layer in work}, rows, "redistribution")
         _gather(model, readers, batches, lambda name, value: gathering.note(name, by_name[name].module, value))
         # A layer that this data did not reach has nothing to go by.
         reached = [layer for layer in work if layer.parameter in gathering.moments]
@@ -149,9 +149,9 @@ def _inputs(model: nn.Module, layer: _Layer, images: Any) -> list[Tensor]:
         found.append(value)
         raise _Enough
 
-    with scoring(model), hooked(model, {layer.parameter: [layer.reader]}, take), torch.no_grad():
-        with contextlib.suppress(_Enough):
-            run(model, images)
+    watch = hooked(model, {layer.parameter: [layer.reader]}, take)
+    with scoring(model), watch, torch.no_grad(), contextlib.suppress(_Enough):
+        run(model, images)
     return found
 
 
@@ -172,6 +172,7 @@ def _compare(model: nn.Module, reference: nn.Module, layer: _Layer, batches: Seq
             moments.add(
                 as_rows(layer.module, own, layer.layout, rows, key),
                 as_rows(layer.module, original, layer.layout, rows, key),
+                where=f"redistribution: {layer.parameter}",
             )
     return moments
 

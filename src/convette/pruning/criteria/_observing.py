@@ -67,6 +67,8 @@ def _reader(member: Member, modules: dict[str, nn.Module], tensors: dict[str, Te
     module = modules.get(member.module)
     if isinstance(module, nn.MultiheadAttention) and member.parameter.endswith("out_proj.weight"):
         return Reader(member.module, member.parameter, -1, member.index, "heads")
+    if isinstance(module, nn.MultiheadAttention) and member.parameter.endswith("in_proj_weight"):
+        return Reader(member.module, member.parameter, -1, member.index)
     if module is None or member.parameter != f"{member.module}.weight" or tensors[member.parameter].ndim < 2:
         return None
     if isinstance(module, nn.Linear):
@@ -139,6 +141,8 @@ def hooked(
 
 def _input_hook(watched: list, note: Callable, copies: bool) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if isinstance(module, nn.MultiheadAttention):
+            return _self_attention(module, watched, note, copies, args, kwargs)
         value = args[0] if args else kwargs["input"]
         value = value * 1 if copies else value
         note(watched, value)
@@ -147,6 +151,25 @@ def _input_hook(watched: list, note: Callable, copies: bool) -> Callable:
         return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "input": value})
 
     return hook
+
+
+def _self_attention(module: Any, watched: list, note: Callable, copies: bool, args: tuple, kwargs: dict) -> Any:
+    given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+    value = given["query"]
+    if not (given["key"] is value and given["value"] is value):
+        return None  # three inputs, and one set of columns for all: nothing that can be said of one of them
+    value = _images_first(module, value) * 1 if copies else _images_first(module, value)
+    note(watched, value)
+    if not copies:
+        return None
+    value = _images_first(module, value)
+    rest = {name: item for name, item in kwargs.items() if name not in ("query", "key", "value")}
+    return (value, value, value, *args[3:]), rest
+
+
+def _images_first(module: Any, value: Tensor) -> Tensor:
+    """Swap tokens and images where an attention module takes the tokens first; its own inverse."""
+    return value if module.batch_first or value.ndim < 3 else value.transpose(0, 1)
 
 
 def _output_hook(watched: list, note: Callable, copies: bool) -> Callable:
@@ -160,9 +183,9 @@ def _output_hook(watched: list, note: Callable, copies: bool) -> Callable:
 
 def _heads_hook(watched: list, note: Callable, copies: bool) -> Callable:
     def hook(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-        value = _heads(module, args, kwargs)
+        value = _images_first(module, _heads(module, args, kwargs))
         note(watched, value)
-        projected = functional.linear(value, module.out_proj.weight, module.out_proj.bias)
+        projected = functional.linear(_images_first(module, value), module.out_proj.weight, module.out_proj.bias)
         return (projected, *output[1:]) if copies else None
 
     return hook
@@ -171,6 +194,7 @@ def _heads_hook(watched: list, note: Callable, copies: bool) -> Callable:
 def _heads(module: Any, args: tuple, kwargs: dict) -> Tensor:
     """Return what the output projection of an attention module reads: its output with an identity for projection."""
     hooks, module._forward_hooks = module._forward_hooks, type(module._forward_hooks)()
+    before, module._forward_pre_hooks = module._forward_pre_hooks, type(module._forward_pre_hooks)()
     try:
         eye = torch.eye(module.embed_dim, dtype=module.out_proj.weight.dtype, device=module.out_proj.weight.device)
         weights = {"out_proj.weight": eye}
@@ -178,7 +202,7 @@ def _heads(module: Any, args: tuple, kwargs: dict) -> Tensor:
             weights["out_proj.bias"] = torch.zeros_like(module.out_proj.bias)
         return functional_call(module, weights, args, kwargs)[0]
     finally:
-        module._forward_hooks = hooks
+        module._forward_hooks, module._forward_pre_hooks = hooks, before
 
 
 @contextlib.contextmanager

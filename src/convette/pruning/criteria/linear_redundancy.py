@@ -56,7 +56,7 @@ def linear_redundancy(
     layouts = {
         name: layout_of(modules[found[0].module], tensors[name], "channels") for name, found in by_parameter.items()
     }
-    gathering = Gathering(layouts, rows)
+    gathering = Gathering(layouts, rows, "criterion linear_redundancy")
 
     def take(watched: list[tuple[str, Reader]], value: Tensor) -> None:
         for name, reader in watched:
