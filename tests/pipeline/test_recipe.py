@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from convette.errors import UsageError
 from convette.pipeline import Recipe, build_recipe, load_recipe
-from convette.pipeline._toml import line_of
-from convette.pipeline.recipe import parse_value
+from convette.pipeline._toml import line_of, parse_value
 
 
 def written(tmp_path: Path, text: str) -> Path:

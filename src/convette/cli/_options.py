@@ -54,6 +54,20 @@ Contention = Annotated[
 ]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training images. (train.epochs)")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe; options given beside it go over it.")]
+Convert = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--convert",
+        metavar="[LAYER=]BY[;KEY=VALUE]",
+        help='Convert layers: "BatchNorm2d=bnet; where=last in block; k=5", "weight-align". [convert]',
+    ),
+]
+TrainMethod = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method", metavar="NAME[;KEY=VALUE]", help='Train with a method: "norm-loss; weight=0.01". [method]'
+    ),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random. (run.seed)")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:0. (run.device)")]
 RunOut = Annotated[Path | None, typer.Option("--out", help="The run folder. (run.out)")]
@@ -76,7 +90,7 @@ Debug = Annotated[bool, typer.Option("--debug", callback=_state.set_debug, help=
 
 def overrides(pairs: list[str] | None, /, **values: Any) -> dict[str, Any]:
     """Return recipe keys and values from options (``train__epochs=3`` is ``train.epochs``) and ``--set`` pairs."""
-    from convette.pipeline.recipe import parse_value
+    from convette.pipeline._toml import parse_value
 
     found = {key.replace("__", "."): value for key, value in values.items() if value is not None and value is not False}
     for pair in pairs or []:

@@ -12,6 +12,8 @@ def fit(
     recipe: o.RecipeFile = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
+    convert: o.Convert = None,
+    method: o.TrainMethod = None,
     mean: o.Mean = None,
     std: o.Std = None,
     max_bad: o.MaxBad = None,
@@ -35,6 +37,8 @@ def fit(
 
     values = o.overrides(
         set_,
+        convert=convert or None,
+        method=method or None,
         model__name=model,
         budget__limits=budget,
         train__epochs=epochs,

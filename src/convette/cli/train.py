@@ -11,6 +11,8 @@ def train(
     recipe: o.RecipeFile = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
+    convert: o.Convert = None,
+    method: o.TrainMethod = None,
     mean: o.Mean = None,
     std: o.Std = None,
     max_bad: o.MaxBad = None,
@@ -32,6 +34,8 @@ def train(
 
     values = o.overrides(
         set_,
+        convert=convert or None,
+        method=method or None,
         model__name=model,
         train__epochs=epochs,
         model__weights=weights,

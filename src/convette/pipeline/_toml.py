@@ -31,13 +31,20 @@ def read_toml(path: Path | str) -> tuple[dict[str, Any], str]:
 
 
 def line_of(text: str, key: Sequence[str]) -> int | None:
-    """Return the 1-based line of `text` where the dotted `key` is set, or the deepest table that leads to it."""
+    """Return the 1-based line of `text` where the dotted `key` is set, or the deepest table that leads to it.
+
+    Tables of a list (``[[convert]]``) are numbered from 0: ``("convert", "1", "by")``.
+    """
     best: tuple[int, int] | None = None
     table: list[str] = []
+    counted: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         header = _HEADER.match(line)
         if header:
             table = _parts(header[1])
+            if line.lstrip().startswith("[["):
+                counted[header[1]] = counted.get(header[1], -1) + 1
+                table = [*table, str(counted[header[1]])]
             here = table
         elif assignment := _KEY.match(line):
             here = table + _parts(assignment[1])
@@ -46,6 +53,14 @@ def line_of(text: str, key: Sequence[str]) -> int | None:
         if list(key[: len(here)]) == here and (best is None or len(here) > best[0]):
             best = (len(here), number)
     return best[1] if best else None
+
+
+def parse_value(text: str) -> Any:
+    """Return the value of a ``--set section.key=value`` option: TOML where it is TOML, else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _parts(dotted: str) -> list[str]:

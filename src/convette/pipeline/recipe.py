@@ -25,6 +25,7 @@ from convette import _files
 from convette.cost import Budget
 from convette.errors import ConvetteError, UsageError, did_you_mean
 from convette.pipeline._toml import line_of, read_toml
+from convette.pipeline.steps import ConversionStep, ConvertSection, MethodSection, MethodStep, as_steps
 from convette.pruning import PruneSettings
 from convette.quantization import QuantizeSettings
 from convette.training import TrainSettings
@@ -36,6 +37,8 @@ RECOVERY_SHARE = 1.0
 CRITERION = "taylor"
 # Sections with a seed that follows the run's. That of the data stays: another seed must not mean other test images.
 SEEDED = ("train", "prune", "quantize")
+# Sections that are lists of tables, and the class of those.
+LISTS: dict[str, type[BaseModel]] = {"convert": ConversionStep, "method": MethodStep}
 
 
 class Section(BaseModel):
@@ -119,6 +122,8 @@ class Recipe(Section):
 
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
+    convert: ConvertSection = ConvertSection()
+    method: MethodSection = MethodSection()
     budget: BudgetSection = BudgetSection()
     train: TrainSettings = TRAIN
     prune: PruneSettings = PruneSettings()
@@ -136,6 +141,9 @@ class Recipe(Section):
         tables = dict(tables)
         if isinstance(tables.get("budget"), str):
             tables["budget"] = {"limits": tables["budget"]}
+        for section in LISTS:
+            if section in tables:
+                tables[section] = as_steps(tables[section])
         return _without_nulls(_with_followers(tables))
 
     def tables(self) -> dict[str, dict[str, Any]]:
@@ -146,6 +154,8 @@ class Recipe(Section):
         """Return twelve hex digits that change when anything changes but where the results go."""
         tables = self.tables()
         tables["run"].pop("out")
+        # A recipe without such steps keeps the name it had before there were any.
+        tables = {name: table for name, table in tables.items() if name not in LISTS or table["steps"]}
         return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_toml(self) -> str:
@@ -161,6 +171,7 @@ class Recipe(Section):
                 if value is not None or defaults[section][key] is not None
             }
             for section, table in self.tables().items()
+            if section not in LISTS or table["steps"]
         }
         return tomli_w.dumps(written, multiline_strings=False)
 
@@ -193,6 +204,13 @@ def build_recipe(
     if isinstance(merged.get("budget"), str):
         merged["budget"] = {"limits": merged["budget"]}
     given = dict(overrides or {})
+    for name in LISTS:
+        if name in merged or name in given:
+            # Steps that are given come after those of the file.
+            steps = as_steps(merged.get(name, []))
+            more = as_steps(given.pop(name, []))
+            if isinstance(steps, Mapping) and isinstance(steps.get("steps", []), list):
+                merged[name] = {**steps, "steps": [*steps.get("steps", []), *more["steps"]]}
     _unfollow(merged, given)
     if "run.seed" in given:
         given = {f"{name}.seed": given["run.seed"] for name in SEEDED} | given
@@ -209,16 +227,6 @@ def build_recipe(
     except ConvetteError as error:
         # Raised by the settings of another room, which know nothing of files: the place is added here.
         raise type(error)(f"{_place(_blamed(merged, str(error)), given, source, text)}{error}") from None
-
-
-def parse_value(text: str) -> Any:
-    """Return the value of a ``--set section.key=value`` option: TOML where it is TOML, else the text itself."""
-    import tomllib
-
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def _unfollow(tables: dict[str, Any], given: Mapping[str, Any]) -> None:
@@ -271,6 +279,8 @@ def _nullable(kind: Any, key: str) -> bool:
 
 
 def _keys_of(section: str) -> list[str]:
+    if section in LISTS:
+        return list(LISTS[section].model_fields)
     kind = Recipe.model_fields[section].annotation
     if is_dataclass(kind):
         return [field.name for field in fields(kind)]
@@ -295,24 +305,30 @@ def _blamed(tables: Mapping[str, Any], message: str) -> list[str]:
 def _place(key: Sequence[str], given: Mapping[str, Any], source: str, text: str) -> str:
     if ".".join(key[:2]) in given:
         return ""
-    line = line_of(text, key) if text else None
+    line = None
+    if text and key and key[0] in LISTS and len(key) > 2:
+        # [[convert]], and [[convert.steps]] as a recipe is written out.
+        short = line_of(text, [key[0], *key[2:]])
+        line = short if short is not None else line_of(text, key)
+    elif text:
+        line = line_of(text, key)
     return f"{source}, line {line}: " if line else f"{source}: " if text else ""
 
 
 def _explained(
     error: ValidationError, tables: Mapping[str, Any], given: Mapping[str, Any], source: str, text: str
 ) -> UsageError:
-    first = error.errors()[0]
+    # A key that is misspelt is what is wrong, not the one that is missing for it.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
     section = location[0] if location else ""
-    key = location[:2]
+    key = location[:4] if section in LISTS else location[:2]
     place = _place(key, given, source, text)
     if section not in Recipe.model_fields:
         return UsageError(f"{place}no section [{section}] in a recipe.{did_you_mean(section, Recipe.model_fields)}")
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return UsageError(
-            f"{place}no key {location[1]!r} in [{section}].{did_you_mean(location[1], _keys_of(section))}"
-        )
+        wrong, shown = (location[-1], f"[[{section}]]") if section in LISTS else (location[1], f"[{section}]")
+        return UsageError(f"{place}no key {wrong!r} in {shown}.{did_you_mean(wrong, _keys_of(section))}")
     context = first.get("ctx", {})
     if isinstance(context.get("error"), Exception):
         return UsageError(f"{place}{context['error']}")
@@ -320,6 +336,8 @@ def _explained(
     if first["type"] == "literal_error":
         options = [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")]
         message = f"not one of {', '.join(options)}.{did_you_mean(str(first['input']), options)}"
+    if section in LISTS:
+        key = [section, *[part for part in key[1:] if part != "steps" and not part.isdecimal()]]
     return UsageError(f"{place}{'.'.join(key)} = {first['input']!r}: {message.rstrip('.')}.")
 
 

@@ -84,13 +84,17 @@ class DataResult(StageResult):
 
 
 class ModelResult(StageResult):
-    """`model/result.json`. `cost` and `smallest`: `convette.cost.Cost` as JSON, of the start and its thinnest self."""
+    """`model/result.json`. `cost` and `smallest`: `convette.cost.Cost` as JSON, of the start and its thinnest self.
+
+    `converted`: what it was converted to, a line for each `[[convert]]` of the recipe.
+    """
 
     name: str
     requested: str
     reason: str
     cost: dict[str, Any]
     smallest: dict[str, Any] | None
+    converted: list[str] = []
     file: str = "model.safetensors"
 
 
@@ -188,9 +192,10 @@ class ExportedFile(Part):
 
 
 class ExportResult(StageResult):
-    """`export/result.json`."""
+    """`export/result.json`. `unfolded`: layers that are no plain ones in the files, and why."""
 
     files: list[ExportedFile]
+    unfolded: dict[str, str] = {}
 
 
 class FileCheck(Part):

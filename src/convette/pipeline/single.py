@@ -14,6 +14,7 @@ from convette.cost import Budget, status_text
 from convette.data import ImageData
 from convette.errors import ConvetteError, UsageError
 from convette.pipeline._latency import measurer
+from convette.pipeline.conversion import convert_network
 from convette.pipeline.inspect import input_of, open_model
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import LimitResult, PathPoint
@@ -71,6 +72,7 @@ def prune_file(recipe: Recipe, out: Path | str) -> PruneOutcome:
     )
     if not (section.weights or section.pretrained or Path(section.name).suffix == ".safetensors"):
         note(f"prune: {section.name} starts untrained; give --weights, --pretrained or a saved file")
+    convert_network(recipe, model, data.preprocessing(data.train.images([0])))
     data = put_card(model, data, keep_normalisation=recipe.data.mean is not None)
     checkpoints = out.with_name(out.name + ".checkpoint")
     result = prune(

@@ -8,6 +8,7 @@ where it came from, what was done to it, and its tensors: one ``.safetensors`` f
 from convette.surgery._append import Append
 from convette.surgery._apply import StructureChange, apply, replay
 from convette.surgery._constructing import trusting
+from convette.surgery._conversion import Conversion, check_words, conversion_edits, convert_by
 from convette.surgery._convert import Convert
 from convette.surgery._converting import Replacement, convert, convert_edits
 from convette.surgery._edits import Edit, ParameterChange, Rewrite, Shrink
@@ -21,19 +22,22 @@ from convette.surgery._graph import ChannelGraph, Constraints, Group, Member, Se
 from convette.surgery._grow import Grow, Scale
 from convette.surgery._growing import grow, ungrow
 from convette.surgery._insert import Insert, ZeroGammaBlock, insert
+from convette.surgery._install import Install
 from convette.surgery._log import ModelCard, Origin, StructureLog, card_of, set_card, set_origin, structure_log
 from convette.surgery._masked import masked
+from convette.surgery._records import FrozenOperator
 from convette.surgery._remove import Remove, removable, remove
 from convette.surgery._showing import group_line, units_svg, units_text
 from convette.surgery._stitch import Stitch, Stitched, build_stitched
 from convette.surgery._stitching import stitch
 from convette.surgery._trace import trace
-from convette.surgery._tracer import FrozenOperator
+from convette.surgery._what_stays import what_stays
 
 __all__ = [
     "Append",
     "ChannelGraph",
     "Constraints",
+    "Conversion",
     "Convert",
     "Edit",
     "Fold",
@@ -45,6 +49,7 @@ __all__ = [
     "Grow",
     "Header",
     "Insert",
+    "Install",
     "Member",
     "Merge",
     "ModelCard",
@@ -66,7 +71,10 @@ __all__ = [
     "apply",
     "build_stitched",
     "card_of",
+    "check_words",
+    "conversion_edits",
     "convert",
+    "convert_by",
     "convert_edits",
     "edit_from_json",
     "fold",
@@ -94,4 +102,5 @@ __all__ = [
     "ungrow",
     "units_svg",
     "units_text",
+    "what_stays",
 ]

@@ -13,6 +13,7 @@ from convette.errors import StructureError, did_you_mean
 from convette.surgery._apply import StructureChange, apply
 from convette.surgery._constructing import constructor_name, from_attributes, is_plain, layer_class, listed
 from convette.surgery._convert import Convert
+from convette.surgery._edits import Edit
 from convette.surgery._placing import is_block
 from convette.surgery._trace import call, evaluating, outputs_of
 
@@ -106,7 +107,7 @@ def convert_edits(
     return edits
 
 
-def _tried(model: nn.Module, edits: Sequence[Convert], example: Any) -> None:
+def _tried(model: nn.Module, edits: Sequence[Edit], example: Any) -> None:
     """Run the converted network once and take it back; raise `StructureError` where its outputs have another shape."""
     changes = []
 

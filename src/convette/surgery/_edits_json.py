@@ -11,6 +11,7 @@ from convette.surgery._fold_layer import FoldLayer
 from convette.surgery._fold_more import FoldConvs, FoldScale, Merge, Reparameterize
 from convette.surgery._grow import Grow, Scale
 from convette.surgery._insert import Insert
+from convette.surgery._install import Install
 from convette.surgery._remove import Remove
 
 _KINDS = {
@@ -21,6 +22,7 @@ _KINDS = {
     Convert.kind: Convert.from_json,
     Append.kind: Append.from_json,
     Insert.kind: Insert.from_json,
+    Install.kind: Install.from_json,
     Remove.kind: Remove.from_json,
     FoldConvs.kind: FoldConvs.from_json,
     FoldScale.kind: FoldScale.from_json,

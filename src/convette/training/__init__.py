@@ -9,6 +9,16 @@ from convette.training.distributed import barrier, broadcast, finish_distributed
 from convette.training.ema import Ema
 from convette.training.evaluation import Evaluation, evaluate, evaluate_runner, recalibrate_batch_norm
 from convette.training.events import Event, Method
+from convette.training.methods import (
+    AnnealSkewness,
+    ConsistentTraining,
+    NormLossTraining,
+    SparseSwitch,
+    find_method,
+    make_method,
+    methods_of,
+    with_own,
+)
 from convette.training.optimizers import WarmupCosine, build_optimizer
 from convette.training.settings import TrainSettings
 from convette.training.state import Clock, EpochRecord, LossTerms, Stage, State
@@ -17,9 +27,11 @@ from convette.training.taps import FeatureTaps
 from convette.training.trainer import Trainer
 
 __all__ = [
+    "AnnealSkewness",
     "CheckpointFolder",
     "Choice",
     "Clock",
+    "ConsistentTraining",
     "Distillation",
     "Ema",
     "EpochRecord",
@@ -29,7 +41,9 @@ __all__ = [
     "FeatureTaps",
     "LossTerms",
     "Method",
+    "NormLossTraining",
     "PlainStep",
+    "SparseSwitch",
     "Stage",
     "State",
     "StepStrategy",
@@ -44,12 +58,16 @@ __all__ = [
     "evaluate",
     "evaluate_runner",
     "feature_loss",
+    "find_method",
     "finish_distributed",
     "is_main",
+    "make_method",
+    "methods_of",
     "rank",
     "recalibrate_batch_norm",
     "resolve_device",
     "start_distributed",
     "train",
+    "with_own",
     "world_size",
 ]

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,8 @@ class ConsistentBatchNorm2d(nn.BatchNorm2d):
 
     Raises `UsageError` for an odd batch, or fewer than two values a channel in the clean half.
     """
+
+    training_method: ClassVar[str] = "convette.training.methods.consistent_normalization:ConsistentTraining"
 
     def __init__(
         self,
@@ -94,6 +96,14 @@ def single_stream(model: nn.Module) -> Iterator[None]:
             layer.two_streams = was
 
 
+def end_streams(model: nn.Module) -> nn.Module:
+    """From here on batches of `model` are not two halves (as in `single_stream`, for good); returns the network."""
+    for module in model.modules():
+        if isinstance(module, ConsistentBatchNorm2d):
+            module.two_streams = False
+    return model
+
+
 def _normaliser(norm: Norm, channels: int, stats: Stats) -> nn.Module:
     if norm != "batch" and stats != "joint":
         raise UsageError(f"consistent normalization: stats {stats!r} is for norm 'batch', not {norm!r}.")
@@ -134,6 +144,8 @@ class ConsistentUnit(nn.Module):
     scale and shift in the last convolution and in the shortcut; an identity shortcut keeps a multiplication a channel.
     The inner shifts b stay: before a convolution that pads with zeros they have no exact place.
     """
+
+    training_method: ClassVar[str] = "convette.training.methods.consistent_normalization:ConsistentTraining"
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Sparse switchable normalization: layers learn to pick one of instance, layer and batch norm (Shao et al. 2019)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -119,6 +119,9 @@ class SparseSwitchNorm2d(nn.Module):
     Source: SSN: Learning Sparse Switchable Normalization via SparsestMax, Shao et al. 2019, arXiv 1903.03793.
     """
 
+    training_method: ClassVar[str] = (
+        "convette.training.methods.sparse_switchable_normalization:SparseSwitch"  # what it is trained with
+    )
     running_mean: Tensor
     running_var: Tensor
     radius: Tensor

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from convette.cost import LimitStatus
+from convette.layers.normalization import end_streams
 from convette.pipeline._latency import measurer
 from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.recipe import Recipe, settings_json
@@ -16,7 +17,8 @@ from convette.training import TrainSettings
 def compress(run: Run, folder: Path) -> CompressResult:
     """Prune the trained network to the budget and write the smaller one."""
     assert run.budget is not None
-    parent = run.network("train")
+    # What the training did with a clean half of each batch, recovery does not do.
+    parent = end_streams(run.network("train"))
     result = prune(
         parent,
         run.data,

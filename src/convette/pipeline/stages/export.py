@@ -9,6 +9,7 @@ from convette._files import replacing
 from convette._progress import note
 from convette.cost import format_bytes
 from convette.pipeline._run import MODEL_FILE, Run, Stage
+from convette.pipeline.conversion import deployed
 from convette.pipeline.results import ExportedFile, ExportResult, FileFormat, QuantizationResult, read_result
 from convette.runtime import export, exported_size, fastest, measure_latency, prepare
 
@@ -18,7 +19,12 @@ SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 def export_network(run: Run, folder: Path) -> ExportResult:
     """Write the network as `.safetensors` and in the formats of the recipe, and the int8 file where one was kept."""
     model = run.network(run.final_stage())
+    # The network's own file stays as it was trained, to go on from; the others are folded.
     models.save(model, folder / MODEL_FILE)
+    model, kept = deployed(model, run.example)
+    for reason in dict.fromkeys(kept.values()):
+        names = [name for name, one in kept.items() if one == reason]
+        note(f"export: not folded, {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}")
     files = [_described(run, folder / MODEL_FILE, "convette", "fp32")]
     for form in run.recipe.export.formats:
         path = export(model, run.example, folder / f"model{SUFFIXES[form]}", to=form)
@@ -31,7 +37,7 @@ def export_network(run: Run, folder: Path) -> ExportResult:
     files = _recommend(files, quantized) if quantized is not None else _fastest(run, files)
     for file in files:
         note(f"export: {run.path / file.file} ({format_bytes(file.bytes)})")
-    return ExportResult(files=files)
+    return ExportResult(files=files, unfolded=kept)
 
 
 def _recommend(files: list[ExportedFile], quantized: QuantizationResult) -> list[ExportedFile]:

@@ -12,6 +12,7 @@ from convette.cost import Cost, count, format_count
 from convette.data import ImageData
 from convette.pipeline._latency import measurer
 from convette.pipeline._run import MODEL_FILE, Run, Stage
+from convette.pipeline.conversion import convert_network
 from convette.pipeline.recipe import ModelSection
 from convette.pipeline.results import ModelResult
 
@@ -33,6 +34,7 @@ def choose_model(run: Run, folder: Path) -> ModelResult:
     )
     data = put_card(model, data, keep_normalisation=run.recipe.data.mean is not None)
     example = data.preprocessing(data.train.images([0]))
+    converted = convert_network(run.recipe, model, example)
     cost = count(model, example)
     note(f"model: {name} ({reason}), {format_count(cost.parameters)} parameters, {format_count(cost.macs)} MACs")
     smallest = _check_budget(run, model, data)
@@ -43,6 +45,7 @@ def choose_model(run: Run, folder: Path) -> ModelResult:
         reason=reason,
         cost=cost.to_json(),
         smallest=smallest.to_json() if smallest else None,
+        converted=converted,
     )
 
 

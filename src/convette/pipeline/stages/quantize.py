@@ -4,6 +4,7 @@ from pathlib import Path
 
 from convette._progress import note
 from convette.pipeline._run import Run, Stage
+from convette.pipeline.conversion import deployed
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import Candidate, QuantizationResult
 from convette.quantization import quantize
@@ -11,7 +12,8 @@ from convette.quantization import quantize
 
 def quantize_network(run: Run, folder: Path) -> QuantizationResult:
     """Measure the precisions on the engines and keep the int8 file if it is faster and accurate enough."""
-    result = quantize(run.network(run.final_stage()), run.data, run.recipe.quantize, out=folder)
+    model, _ = deployed(run.network(run.final_stage()), run.example)
+    result = quantize(model, run.data, run.recipe.quantize, out=folder)
     note(f"quantize: {result.reason}")
     return QuantizationResult(
         candidates=[

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from convette.pipeline._run import MODEL_FILE, Run, Stage
+from convette.pipeline.conversion import training_methods
 from convette.pipeline.recipe import settings_json
 from convette.pipeline.results import Epoch, Scores, TrainingResult
 from convette.training import EpochRecord, Evaluation, evaluate, train
@@ -14,10 +15,12 @@ from convette.training import EpochRecord, Evaluation, evaluate, train
 def train_network(run: Run, folder: Path) -> TrainingResult:
     """Train the start on the training split; validation picks nothing, it is only looked at."""
     settings = run.recipe.train
+    model = run.network("model")
     result = train(
-        run.network("model"),
+        model,
         run.data,
         settings,
+        methods=training_methods(run.recipe, model, run.data),
         device=run.device,
         checkpoint_dir=run.folder.checkpoints("train"),
         log_dir=run.folder.logs("train"),

@@ -1,1 +1,22 @@
-"""Methods of published systems: a small file each, which binds what a layer or loss can do to the trainer's events."""
+"""Methods of published systems: a small file each, which binds what a layer or loss can do to the trainer's events.
+
+`find_method` finds one by name; `methods_of` those that the layers of a network are trained with.
+"""
+
+from convette.training.methods._finding import check_options, find_method, make_method, methods_of, with_own
+from convette.training.methods.consistent_normalization import ConsistentTraining
+from convette.training.methods.norm_loss import NormLossTraining
+from convette.training.methods.skewness_batch_norm import AnnealSkewness
+from convette.training.methods.sparse_switchable_normalization import SparseSwitch
+
+__all__ = [
+    "AnnealSkewness",
+    "ConsistentTraining",
+    "NormLossTraining",
+    "SparseSwitch",
+    "check_options",
+    "find_method",
+    "make_method",
+    "methods_of",
+    "with_own",
+]
