@@ -21,6 +21,7 @@ from convette.pruning.criteria import (
     activation_rank,
     apoz,
     bn_scale,
+    discriminant_information,
     find_criterion,
     fisher,
     geometric_median,
@@ -35,6 +36,7 @@ from convette.pruning.criteria import (
     second_order,
     taylor,
 )
+from convette.pruning.criteria.discriminant_information import discriminant_value
 from convette.pruning.gradual import GradualPruning
 from convette.pruning.recovery import RECOVERY, recalibrate, recover
 from convette.pruning.redistribution import Repair, redistribute
@@ -58,6 +60,8 @@ __all__ = [
     "apoz",
     "bn_scale",
     "check_budget",
+    "discriminant_information",
+    "discriminant_value",
     "exact",
     "find_allocation",
     "find_criterion",

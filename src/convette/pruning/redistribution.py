@@ -83,7 +83,8 @@ def redistribute(
     repairs = []
     for name in found:
         moments = _compare(model, reference, by_name[name], batches, rows)
-        repairs.append(_solve(by_name[name], moments, constant, ridge))
+        if moments.rows:
+            repairs.append(_solve(by_name[name], moments, constant, ridge))
     return tuple(repairs)
 
 
