@@ -22,6 +22,7 @@ from convette.pruning.criteria import (
     apoz,
     bn_scale,
     discriminant_information,
+    feature_map_information,
     find_criterion,
     fisher,
     geometric_median,
@@ -37,6 +38,7 @@ from convette.pruning.criteria import (
     taylor,
 )
 from convette.pruning.criteria.discriminant_information import discriminant_value
+from convette.pruning.criteria.feature_map_information import LayerRemoval, layer_information, remove_layers
 from convette.pruning.gradual import GradualPruning
 from convette.pruning.recovery import RECOVERY, recalibrate, recover
 from convette.pruning.redistribution import Repair, redistribute
@@ -49,6 +51,7 @@ __all__ = [
     "CRITERIA",
     "RECOVERY",
     "GradualPruning",
+    "LayerRemoval",
     "PruneResult",
     "PruneSettings",
     "Repair",
@@ -63,6 +66,7 @@ __all__ = [
     "discriminant_information",
     "discriminant_value",
     "exact",
+    "feature_map_information",
     "find_allocation",
     "find_criterion",
     "fisher",
@@ -73,6 +77,7 @@ __all__ = [
     "l1",
     "l2",
     "lamp",
+    "layer_information",
     "linear_redundancy",
     "measure_latencies",
     "per_layer",
@@ -81,6 +86,7 @@ __all__ = [
     "recalibrate",
     "recover",
     "redistribute",
+    "remove_layers",
     "score_units",
     "second_order",
     "taylor",

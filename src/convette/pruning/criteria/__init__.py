@@ -17,6 +17,7 @@ from convette.pruning.criteria.activation_rank import activation_rank
 from convette.pruning.criteria.apoz import apoz
 from convette.pruning.criteria.bn_scale import bn_scale
 from convette.pruning.criteria.discriminant_information import discriminant_information
+from convette.pruning.criteria.feature_map_information import feature_map_information
 from convette.pruning.criteria.fisher import fisher
 from convette.pruning.criteria.geometric_median import geometric_median
 from convette.pruning.criteria.group_norm import group_norm
@@ -37,6 +38,7 @@ __all__ = [
     "bn_scale",
     "check_options",
     "discriminant_information",
+    "feature_map_information",
     "find_criterion",
     "fisher",
     "geometric_median",
@@ -59,6 +61,7 @@ CRITERIA: dict[str, str] = {
     "apoz": f"{_HERE}.apoz:apoz",
     "bn_scale": f"{_HERE}.bn_scale:bn_scale",
     "discriminant_information": f"{_HERE}.discriminant_information:discriminant_information",
+    "feature_map_information": f"{_HERE}.feature_map_information:feature_map_information",
     "fisher": f"{_HERE}.fisher:fisher",
     "geometric_median": f"{_HERE}.geometric_median:geometric_median",
     "group_norm": f"{_HERE}.group_norm:group_norm",
@@ -78,6 +81,7 @@ NEED_DATA = frozenset(
         "activation_rank",
         "apoz",
         "discriminant_information",
+        "feature_map_information",
         "fisher",
         "hessian_trace",
         "information_gain",
