@@ -33,7 +33,7 @@ class _Bounded(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, most: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.most = most
-        return x.clamp(0, most)
+        return x.clamp(0.0, most)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -108,7 +108,7 @@ class LateralInhibition2d(nn.Module):
 
     def strength(self) -> Float[Tensor, " c"]:
         """Return tau as it is used, between 0 and `most`."""
-        return _Bounded.apply(self.tau, self.most) if self.training else self.tau.clamp(0, self.most)  # type: ignore[return-value]
+        return _Bounded.apply(self.tau, self.most) if self.training else self.tau.clamp(0.0, self.most)  # type: ignore[return-value]
 
     def inhibition(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """Return K * a, what the surroundings of every neuron amount to, before tau."""
@@ -128,7 +128,7 @@ class LateralInhibition2d(nn.Module):
     @torch.no_grad()
     def folded(self) -> nn.Module:
         """Return `nn.Identity` where nothing is inhibited, a depthwise convolution for "linear"; else raise `Stays`."""
-        tau = self.tau.clamp(0, self.most)
+        tau = self.tau.clamp(0.0, self.most)
         if not bool(tau.any()):
             return nn.Identity()
         if self.mode == "rectified":
