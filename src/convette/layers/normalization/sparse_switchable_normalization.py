@@ -1,5 +1,6 @@
 """Sparse switchable normalization: layers learn to pick one of instance, layer and batch norm (Shao et al. 2019)."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -54,7 +55,8 @@ def sparsestmax(z: Float[Tensor, "*k"], radius: float | Tensor, dim: int = -1) -
         radius: 0 or more, a number or a scalar tensor.
         dim: the axis of the simplex.
 
-    Cost: at most K - 1 rounds, without a branch on values, so that it compiles whole.
+    Cost: at most K - 1 rounds, without a branch on values, so that it compiles whole. `switch_ratios` is the same for
+    the few numbers of a layer, without the price of some hundred small operations.
     """
     p = sparsemax(z, dim)
     r = torch.as_tensor(radius, dtype=z.dtype, device=z.device).expand_as(p.sum(dim, keepdim=True))
@@ -84,6 +86,74 @@ def sparsestmax(z: Float[Tensor, "*k"], radius: float | Tensor, dim: int = -1) -
         r = torch.where(done, r, torch.where(left > 0, left, 1.0).sqrt() * (left > 0))
         p = torch.where(done, p, following)
     return torch.where(done, result, p)
+
+
+def switch_ratios(logits: Float[Tensor, "2 k"], radius: Tensor) -> Float[Tensor, "2 k"]:
+    """Return `sparsestmax` of each row: on the CPU in Python numbers with the derivative beside them, else as it is."""
+    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return sparsestmax(logits, radius, 1)
+    return _Ratios.apply(logits, float(radius))  # type: ignore[no-any-return]
+
+
+class _Ratios(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, radius: float) -> Tensor:
+        rows = [_ratios_of(row, radius) for row in logits.tolist()]
+        ctx.save_for_backward(logits.new_tensor([jacobian for _, jacobian in rows]))
+        return logits.new_tensor([p for p, _ in rows])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (jacobian,) = ctx.saved_tensors
+        return (grads[0].unsqueeze(1) @ jacobian).squeeze(1), None
+
+
+_Rows = list[list[float]]
+
+
+def _ratios_of(z: list[float], radius: float) -> tuple[list[float], _Rows]:
+    """Return the point of `sparsestmax` for one row and its derivative by that row."""
+    if not all(math.isfinite(value) for value in z):
+        return [math.nan] * len(z), [[math.nan] * len(z) for _ in z]
+    p, slope = _sparsemax_of(z)
+    for _ in range(max(len(z) - 1, 1)):
+        support = [value > 0 for value in p]
+        centre = [inside / sum(support) for inside in support]
+        away = [a - b for a, b in zip(p, centre, strict=True)]
+        length = math.sqrt(sum(value * value for value in away))
+        if length < 1e-7 or length >= radius:
+            return p, slope
+        unit = [value / length for value in away]
+        pushed = [c + radius * value for c, value in zip(centre, unit, strict=True)]
+        ranks = range(len(z))
+        push = [[radius / length * ((i == j) - unit[i] * unit[j]) for j in ranks] for i in ranks]
+        slope = _times(push, slope)
+        if min(pushed) >= 0:
+            return pushed, slope
+        p, onto = _sparsemax_of(pushed)
+        slope = _times(onto, slope)
+        size = sum(value > 0 for value in p)
+        gap = sum(((value > 0) / size - c) ** 2 for value, c in zip(p, centre, strict=True))
+        radius = math.sqrt(max(radius * radius - gap, 0.0))
+    return p, slope
+
+
+def _sparsemax_of(z: list[float]) -> tuple[list[float], _Rows]:
+    total, tau = 0.0, 0.0
+    for rank, value in enumerate(sorted(z, reverse=True), start=1):
+        total += value
+        if value - (total - 1) / rank > 0:
+            tau = (total - 1) / rank
+    inside = [value > tau for value in z]
+    size = sum(inside)
+    slope = [[(i == j) * a - a * b / size for j, b in enumerate(inside)] for i, a in enumerate(inside)]
+    return [max(value - tau, 0.0) for value in z], slope
+
+
+def _times(a: _Rows, b: _Rows) -> _Rows:
+    columns = list(zip(*b, strict=True))
+    return [[sum(x * y for x, y in zip(row, column, strict=True)) for column in columns] for row in a]
 
 
 class SparseSwitchNorm2d(nn.Module):
@@ -201,7 +271,7 @@ class SparseSwitchNorm2d(nn.Module):
     def ratios(self) -> tuple[Tensor, Tensor]:
         """Return the ratios of means and of variances, each (candidates,), as they are now."""
         logits = torch.stack([self.mean_logits, self.var_logits])
-        live = sparsestmax(logits, self.radius, 1)
+        live = switch_ratios(logits, self.radius)
         # Through where, frozen ratios have gradient 0, and momentum left in an optimiser cannot move them.
         p = torch.where(self.frozen[:, None], self._kept().to(live.dtype), live)
         return p[0], p[1]

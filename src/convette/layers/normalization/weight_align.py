@@ -1,7 +1,8 @@
 """WeightAlign: normalise activations by aligning each filter's mean and variance (Shi et al. 2020)."""
 
+import fnmatch
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils import parametrize
 from convette.errors import UsageError
 from convette.layers._folding import bake, can_bake
 from convette.layers._modules import replace_modules
+from convette.layers.normalization._residual import last_norms
 
 Start = Literal["one", "exact", "zero", "keep"]
 # With gamma = 1 a layer of rectified inputs keeps 1 - 1/pi of the variance: exact centring takes E[x]² away.
@@ -179,7 +181,8 @@ def weight_align(
     *,
     init: Start = "one",
     eps: float = 1e-10,
-    where: Callable[[str, nn.Module], bool] | None = None,
+    where: Callable[[str, nn.Module], bool] | Sequence[str] | None = None,
+    alone: bool = False,
 ) -> nn.Module:
     """Align the weights of the convolutions of `model`, as parametrizations; in place, returns the network.
 
@@ -193,16 +196,50 @@ def weight_align(
         act: what makes the inputs; see `WAConv2d`.
         init: of the gains; "keep" gives each filter the norm it has without its mean, for trained networks.
         eps: see `WAConv2d`.
-        where: ``where(name, module)`` says which layers; None: all convolutions.
+        where: ``where(name, module)`` says which layers, or patterns of their names; None: all convolutions.
+        alone: take every batch norm out: the convolution before it gets a bias, and the last one of a residual branch
+            starts with gain 0, as the sum would grow with depth otherwise. For networks that start anew.
+
+    Raises:
+        UsageError: an unknown `act` or `init`; with `alone`, a batch norm without an aligned convolution before it.
     """
+    branch_ends = _take_norms_out(model) if alone else set()
+    patterns = None if where is None or callable(where) else tuple(where)
     for name, module in list(model.named_modules()):
         if not isinstance(module, _ConvNd | nn.Linear) or isinstance(module, _ConvTransposeNd | WAConv2d):
             continue
-        wanted = isinstance(module, _ConvNd) if where is None else where(name, module)
+        if patterns is not None:
+            wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        else:
+            wanted = where(name, module) if callable(where) else isinstance(module, _ConvNd)
         if not wanted or parametrize.is_parametrized(module, "weight") or module.weight[0].numel() < 2:
             continue
-        parametrize.register_parametrization(module, "weight", AlignedWeight(module.weight, act, eps, init))
+        start = "zero" if id(module) in branch_ends else init
+        parametrize.register_parametrization(module, "weight", AlignedWeight(module.weight, act, eps, start))
     return model
+
+
+def _take_norms_out(model: nn.Module) -> set[int]:
+    """Replace batch norms by nothing, give the convolutions before them a bias; return those that end a branch."""
+    around = {id(norm): shortcut for norm, shortcut in last_norms(model)}
+    ends: set[int] = set()
+    conv: _ConvNd | None = None
+    chosen: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+            conv = module
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if conv is None or conv.out_channels != module.num_features or isinstance(conv, _ConvTransposeNd):
+                raise UsageError(f"WeightAlign alone: no convolution stands before the batch norm {name!r}.")
+            if conv.bias is None:
+                conv.bias = nn.Parameter(torch.zeros_like(conv.weight[:, 0].flatten(1)[:, 0]))
+            if around.get(id(module)):
+                ends.add(id(conv))
+            # What timm's norms do besides normalising stays.
+            rest = [part for part in (getattr(module, "drop", None), getattr(module, "act", None)) if part is not None]
+            chosen[name] = nn.Sequential(*rest) if rest else nn.Identity()
+    replace_modules(model, lambda name, _: chosen.get(name))
+    return ends
 
 
 def bake_weight_align(model: nn.Module) -> nn.Module:
