@@ -1,22 +1,24 @@
 """Conversions by name: which published system goes where in a network, as a recipe says it."""
 
+import copy
 import fnmatch
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from convette.errors import StructureError, UsageError, did_you_mean
+from convette.errors import ConvetteError, StructureError, UsageError, did_you_mean
 from convette.layers import find_layer, is_layer, is_placing
 from convette.layers._stages import stages
 from convette.surgery._append import Append
 from convette.surgery._apply import StructureChange, apply
-from convette.surgery._constructing import constructor_name, is_plain, listed
+from convette.surgery._constructing import _tupled, constructor_name, is_plain, listed
 from convette.surgery._converting import WHERE, Replacement, _Channels, _required, _tried, chosen_places, convert_edits
 from convette.surgery._edits import Edit
 from convette.surgery._install import Install
+from convette.surgery._log import structure_log
 
 _STAGE = "stage:"
 
@@ -84,8 +86,8 @@ def conversion_edits(model: nn.Module, conversion: Conversion, example: Any = No
     target = conversion.target
     options = {key: listed(value) for key, value in conversion.options.items()}
     if is_placing(target):
-        name = f"{target.__module__}:{target.__name__}"
-        return [Install(name, options, conversion.seed)]
+        own = _own_edits(model, target, options, example, conversion.seed)
+        return own or [Install(f"{target.__module__}:{target.__name__}", options, conversion.seed)]
     if conversion.after:
         return _behind(model, conversion, target, options, example)
     found = [
@@ -111,6 +113,28 @@ def conversion_edits(model: nn.Module, conversion: Conversion, example: Any = No
     policies: dict[type[nn.Module] | str, Any] = {kind: Replacement(target, options) for kind in conversion.replace}
     exact = [name.replace("[", "[[]") for name in names]
     return list(convert_edits(model, policies, example, include=exact, seed=conversion.seed))
+
+
+def _own_edits(model: nn.Module, target: Any, options: dict[str, Any], example: Any, seed: int) -> list[Edit]:
+    """Return the edits that a placing function logs by itself, found on a copy of the network; none: it logs nothing.
+
+    A function that takes an `example` gets the one at hand. Random weights follow from `seed`.
+    """
+    trial = copy.deepcopy(model)
+    before = len(structure_log(trial).edits)
+    given = {key: _tupled(value) for key, value in options.items()}
+    if "example" in inspect.signature(target).parameters:
+        given.setdefault("example", example)
+    try:
+        target(trial, **given)
+    except ConvetteError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise StructureError(f"{target.__name__} cannot change this network: {reason}") from error
+    edits: list[Any] = structure_log(trial).edits[before:]
+    seeded = [hasattr(edit, "seed") for edit in edits]
+    return [replace(edit, seed=seed) if has else edit for edit, has in zip(edits, seeded, strict=True)]
 
 
 def convert_by(model: nn.Module, *conversions: Conversion, example: Any = None) -> StructureChange:
