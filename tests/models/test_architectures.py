@@ -28,6 +28,7 @@ def seeded():
 @pytest.mark.parametrize(
     ("name", "parameters", "macs"),
     [
+        ("resnet8", 75_290, 12_239_488),
         ("resnet20", 269_722, 40_551_040),
         ("resnet32", 464_154, 68_862_592),
         ("resnet44", 658_586, 97_174_144),

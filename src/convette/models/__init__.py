@@ -2,7 +2,7 @@
 
 from convette.models._normalisation import known_preprocessing
 from convette.models._weights import load_weights
-from convette.models.cifar_resnet import CifarResNet, resnet20, resnet32, resnet44, resnet56, resnet110
+from convette.models.cifar_resnet import CifarResNet, resnet8, resnet20, resnet32, resnet44, resnet56, resnet110
 from convette.models.loader import CONSTRUCTORS, MODELS, build_from_origin, create_model, load, save
 from convette.models.mobilenet_v2 import (
     DeepLabV3MobileNetV2,
@@ -39,6 +39,7 @@ __all__ = [
     "load",
     "load_weights",
     "mobilenet_v2",
+    "resnet8",
     "resnet20",
     "resnet32",
     "resnet44",

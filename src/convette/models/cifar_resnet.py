@@ -65,7 +65,7 @@ class CifarResNet(nn.Module):
     """The CIFAR ResNet of depth 6n + 2: conv 3x3, three stages of n basic blocks, global average pooling, linear.
 
     Args:
-        depth: 20, 32, 44, 56, 110 or any other 6n + 2.
+        depth: 8, 20, 32, 44, 56, 110 or any other 6n + 2.
         num_classes: outputs.
         in_channels: channels of the images.
         widths: channels of the three stages; stages two and three halve the resolution.
@@ -104,6 +104,12 @@ class CifarResNet(nn.Module):
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
     first = CifarBasicBlock(in_channels, channels, stride)
     return nn.Sequential(first, *(CifarBasicBlock(channels, channels) for _ in range(blocks - 1)))
+
+
+@with_origin
+def resnet8(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+    """Return CIFAR ResNet-8, one block a stage: 75,290 parameters at 3x32x32 with 10 classes; for small experiments."""
+    return CifarResNet(8, num_classes, in_channels)
 
 
 @with_origin

@@ -19,6 +19,7 @@ Stem = Literal["default", "small"]
 
 # Constructor (as in a file's origin, "convette:NAME") -> the module of this room that defines it.
 CONSTRUCTORS: dict[str, str] = {
+    "resnet8": "cifar_resnet",
     "resnet20": "cifar_resnet",
     "resnet32": "cifar_resnet",
     "resnet44": "cifar_resnet",
