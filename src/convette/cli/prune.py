@@ -28,6 +28,10 @@ def prune(
     allocation: Annotated[
         str | None, typer.Option("--allocation", help="global, uniform or per_layer. (prune.allocation)")
     ] = None,
+    constraints: Annotated[
+        str | None,
+        typer.Option("--constraints", help='Such as "multiple_of=8, minimum=16, keep stem*". (prune.constraints)'),
+    ] = None,
     recipe: o.RecipeFile = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
@@ -58,6 +62,7 @@ def prune(
         prune__epochs=epochs,
         prune__criterion=criterion,
         prune__allocation=allocation,
+        prune__constraints=constraints,
         model__weights=weights,
         model__pretrained=pretrained,
         data__mean=o.numbers("--mean", mean),

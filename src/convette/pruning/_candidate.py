@@ -79,7 +79,9 @@ def prepare_candidate(
     table: LatencyTable | None = None,
 ) -> Candidate:
     """Trace `network` and score its units; `step` varies what is drawn at random; `table` lets latency be predicted."""
-    graph = trace(network, example)
+    free = trace(network, example)
+    # What constraints leave alone the costs are predicted without them: they would hide sizes from the prediction.
+    graph = free.constrain(settings.constraints, allow_nothing=step > 1) if settings.constraints else free
     scores = score_units(
         settings.criterion,
         network,
@@ -89,7 +91,7 @@ def prepare_candidate(
         options=settings.criterion_options,
     )
     rules = WidthRules(settings.multiple_of, minimum)
-    width_cost = LatencyCost(network, example, graph, table) if table else WidthCost(network, example, graph)
+    width_cost = LatencyCost(network, example, free, table) if table else WidthCost(network, example, free)
     return Candidate(network, graph, width_cost, scores, rules, settings, calibration)
 
 
@@ -111,7 +113,8 @@ def check_reachable(candidate: Candidate, budget: Budget, start: Cost, measured:
     resolved = budget.resolve(start)
     if not resolved.met(smallest):
         share = f"{candidate.settings.min_fraction:.0%}"
-        raise unreachable(resolved, smallest, f"(min_fraction keeps {share} of every layer; less may be set.)")
+        wanted = f" and the constraints {candidate.settings.constraints!r}" if candidate.settings.constraints else ""
+        raise unreachable(resolved, smallest, f"(min_fraction keeps {share} of every layer{wanted}; less may be set.)")
     return smallest
 
 

@@ -302,7 +302,7 @@ def prepare_run(
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     start = count(parent, example)
     counted = Budget(tuple(limit for limit in budget.limits if limit.metric not in MEASURED))
-    minimum = {group.name: math.ceil(settings.min_fraction * group.size) for group in trace(parent, example).groups}
+    minimum = {group.name: math.ceil(settings.least_share * group.size) for group in trace(parent, example).groups}
     chosen = asdict(train_settings) if train_settings else None
     parts = [str(budget), asdict(settings), chosen]
     parts += [images.fingerprint, images.preprocessing.to_json()] if images else []

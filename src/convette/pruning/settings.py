@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from convette.errors import UsageError
 from convette.pruning.allocation import ONLY_COUNTED, find_allocation
 from convette.pruning.criteria import check_options
+from convette.surgery import WidthConstraints
 
 OptionValue = str | int | float | bool
 
@@ -22,6 +23,8 @@ class PruneSettings:
       well.
     - `distil`: the unpruned network teaches during recovery. `recalibrate`: batch-norm statistics are taken anew on
       training images after each cut.
+    - `constraints`: what every cut keeps to, in a line: ``"multiple_of=8, minimum=16, whole_heads, keep stem*"``
+      (`convette.surgery.WidthConstraints`).
     - `multiple_of`: channels stay in multiples of this. `min_fraction`: this share of every group's units stays at
       least.
     - `calibration_images`: training images for the criteria and allocations that need data.
@@ -43,6 +46,7 @@ class PruneSettings:
     epochs: int = 3
     distil: bool = True
     recalibrate: bool = True
+    constraints: str = ""
     multiple_of: int = 1
     min_fraction: float | int = 0.1
     calibration_images: int = 256
@@ -62,10 +66,20 @@ class PruneSettings:
         for name, least in (("steps", 1), ("epochs", 0), ("multiple_of", 1), ("calibration_images", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"prune.{name} = {getattr(self, name)}: at least {least} is needed.")
+        try:
+            WidthConstraints.parse(self.constraints)
+        except UsageError as error:
+            raise UsageError(f"prune.constraints = {self.constraints!r}: {error}") from error
         if not 0 <= self.min_fraction <= 1:
             raise UsageError(f"prune.min_fraction = {self.min_fraction}: a share between 0 and 1 is needed.")
         if not 0 <= self.latency_margin < 0.5:
             raise UsageError(f"prune.latency_margin = {self.latency_margin}: a share between 0 and 0.5 is needed.")
+
+    @property
+    def least_share(self) -> float:
+        """The share of every group's units that stays, by `min_fraction` and by the constraints."""
+        minimum = WidthConstraints.parse(self.constraints).minimum
+        return max(float(self.min_fraction), minimum if isinstance(minimum, float) and minimum <= 1 else 0.0)
 
     def epochs_of(self, step: int) -> int:
         """Return the recovery epochs of `step` (1-based); the network at its final size gets the remainder."""

@@ -7,6 +7,7 @@ where it came from, what was done to it, and its tensors: one ``.safetensors`` f
 
 from convette.surgery._append import Append
 from convette.surgery._apply import StructureChange, apply, replay
+from convette.surgery._constraints import WidthConstraints
 from convette.surgery._constructing import trusting
 from convette.surgery._conversion import Conversion, check_words, conversion_edits, convert_by
 from convette.surgery._convert import Convert
@@ -18,7 +19,8 @@ from convette.surgery._fold import Fold, fold, fold_edits
 from convette.surgery._fold_layer import FoldLayer
 from convette.surgery._fold_more import FoldConvs, FoldScale, Merge, Nothing, Reparameterize
 from convette.surgery._folding_more import fold_further, fold_layers, further_folds, reparameterize
-from convette.surgery._graph import ChannelGraph, Constraints, Group, Member, Selection
+from convette.surgery._graph import ChannelGraph, Selection
+from convette.surgery._groups import Constraints, Group, Member
 from convette.surgery._grow import Grow, Scale
 from convette.surgery._growing import grow, ungrow
 from convette.surgery._insert import Insert, ZeroGammaBlock, insert
@@ -67,6 +69,7 @@ __all__ = [
     "Stitched",
     "StructureChange",
     "StructureLog",
+    "WidthConstraints",
     "ZeroGammaBlock",
     "apply",
     "build_stitched",

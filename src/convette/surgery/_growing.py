@@ -8,7 +8,8 @@ from torch import Tensor
 
 from convette.errors import StructureError
 from convette.surgery._edits import Shrink, find_tensor
-from convette.surgery._graph import ChannelGraph, Group, Member
+from convette.surgery._graph import ChannelGraph
+from convette.surgery._groups import Group, Member
 from convette.surgery._grow import MODES, Grow, Scale, Widening, old_places
 from convette.surgery._labels import narrowed, normalised, varying
 from convette.surgery._records import Layers, SizeCall

@@ -3,7 +3,8 @@
 import html
 from collections.abc import Sequence
 
-from convette.surgery._graph import ChannelGraph, Group, Member
+from convette.surgery._graph import ChannelGraph
+from convette.surgery._groups import Group, Member
 
 _SHOWN = 6
 
