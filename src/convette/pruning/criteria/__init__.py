@@ -24,6 +24,7 @@ from convette.pruning.criteria.group_norm import group_norm
 from convette.pruning.criteria.hessian_trace import hessian_trace
 from convette.pruning.criteria.lamp import lamp
 from convette.pruning.criteria.linear_redundancy import linear_redundancy
+from convette.pruning.criteria.loss_increase import loss_increase
 from convette.pruning.criteria.magnitude import l1, l2
 from convette.pruning.criteria.random import random
 from convette.pruning.criteria.second_order import second_order
@@ -48,6 +49,7 @@ __all__ = [
     "l2",
     "lamp",
     "linear_redundancy",
+    "loss_increase",
     "random",
     "score_units",
     "second_order",
@@ -71,6 +73,7 @@ CRITERIA: dict[str, str] = {
     "l2": f"{_HERE}.magnitude:l2",
     "lamp": f"{_HERE}.lamp:lamp",
     "linear_redundancy": f"{_HERE}.linear_redundancy:linear_redundancy",
+    "loss_increase": f"{_HERE}.loss_increase:loss_increase",
     "random": f"{_HERE}.random:random",
     "second_order": f"{_HERE}.second_order:second_order",
     "taylor": f"{_HERE}.taylor:taylor",
@@ -86,6 +89,7 @@ NEED_DATA = frozenset(
         "hessian_trace",
         "information_gain",
         "linear_redundancy",
+        "loss_increase",
         "second_order",
         "taylor",
     }

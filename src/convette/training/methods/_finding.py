@@ -16,20 +16,25 @@ from torch import nn
 from convette.errors import UsageError, did_you_mean
 from convette.training.events import Method
 
-_HOME = "convette.training.methods"
+# Named as text, like the layers' methods: this room imports nothing of the pruning room above it.
+_HOMES = ("convette.training.methods", "convette.pruning.methods")
 
 
 @cache
 def _known() -> dict[str, type[Any]]:
     """Return the methods by the slug of their file, and by class."""
     found: dict[str, type[Any]] = {}
-    for info in pkgutil.iter_modules(importlib.import_module(_HOME).__path__):
-        if info.name.startswith("_"):
-            continue
-        home = importlib.import_module(f"{_HOME}.{info.name}")
+    names = [
+        f"{home}.{info.name}"
+        for home in _HOMES
+        for info in pkgutil.iter_modules(importlib.import_module(home).__path__)
+        if not info.name.startswith("_")
+    ]
+    for module in names:
+        home = importlib.import_module(module)
         for name, symbol in vars(home).items():
             if _is_method(symbol) and symbol.__module__ == home.__name__ and name[0] != "_":
-                found.setdefault(info.name.replace("_", "-"), symbol)
+                found.setdefault(module.rpartition(".")[2].replace("_", "-"), symbol)
                 found[name] = symbol
     return found
 
