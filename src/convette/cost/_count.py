@@ -62,8 +62,12 @@ def count(model: nn.Module, example: Example) -> Cost:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters of `model`; one that several modules share is counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters of `model`; one that several modules share is counted once.
+
+    Weights that a layer stores packed are counted as the numbers they stand for (its ``stored_weights``).
+    """
+    packed = sum(int(getattr(module, "stored_weights", 0)) for module in model.modules())
+    return sum(parameter.numel() for parameter in model.parameters()) + packed
 
 
 def state_bytes(model: nn.Module) -> tuple[int, int]:
@@ -200,7 +204,7 @@ def _layers(model: nn.Module, operations: list[Operation], visits: Mapping[str, 
             name=name,
             kind=type(module).__name__,
             macs=sum(op.macs for op in ran),
-            parameters=sum(own.values()),
+            parameters=sum(own.values()) + int(getattr(module, "stored_weights", 0)),
             output_shape=visit.shape if visit else (),
             norm_macs=sum(op.norm for op in ran),
             bias_macs=sum(op.bias for op in ran),

@@ -3,7 +3,7 @@
 import random
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -81,8 +81,21 @@ class Run:
         with surgery.trusting(*(step.by for step in self.recipe.convert.steps if ":" in step.by)):
             return models.load(self.path / stage / MODEL_FILE, constructor=name if is_callable_name(name) else None)
 
+    @cached_property
+    def pruning_budget(self) -> Budget | None:
+        """The budget that removing channels has to meet: bits the stage quantize takes off do not count twice."""
+        quantize = self.recipe.quantize
+        if self.budget is None or quantize.method != "low_bit" or quantize.mode == "off":
+            return self.budget
+        # A tenth for scales, biases and the ends that keep 8 bits; the bits of each layer then meet the limit itself.
+        gained = 32 / quantize.bits / 1.1
+        limits = [replace(x, value=x.value * gained) if x.metric == "size" else x for x in self.budget.limits]
+        return Budget(tuple(limits))
+
     def final_stage(self) -> str:
         """Return the last stage that changed the network."""
+        if self.folder.finished("quantize") and (self.path / "quantize" / MODEL_FILE).exists():
+            return "quantize"
         return "compress" if self.folder.finished("compress") else "train"
 
     def save(self, model: nn.Module, path: Path) -> None:

@@ -12,16 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from convette.errors import ConvetteError, UsageError
+from convette.layers.quantization.observers import PERCENTILE, observed_range
 from convette.quantization._calibration import checked
 from convette.runtime import _metadata, _vendors, prepare, read_export_metadata
 from convette.runtime._export import convert_to_openvino, deployable, load_onnx, save_onnx, write_openvino
 
+NNCF_OBSERVERS = ("min_max", "percentile")
+ONNX_OBSERVERS = ("min_max", "percentile", "mse", "entropy")
 _BATCH = 16
+_KEPT_VALUES = 1 << 16  # of an activation, for a batch
 _SKEWED = {"Swish", "HSwish", "Gelu", "Mish", "SoftPlus", "Elu", "PRelu", "LeakyRelu", "Selu"}
 
 
 def quantize_openvino(
-    model: nn.Module, example: Tensor, calibration: Iterable[Tensor | np.ndarray], path: Path | str
+    model: nn.Module,
+    example: Tensor,
+    calibration: Iterable[Tensor | np.ndarray],
+    path: Path | str,
+    *,
+    observer: str | None = None,
 ) -> Path:
     """Write `model` as an int8 OpenVINO file: static ranges, weights per output channel, biases corrected (NNCF).
 
@@ -30,12 +39,15 @@ def quantize_openvino(
         example: ``n c h w`` float.
         calibration: batches of preprocessed training images; 128 to 300 images are usual.
         path: an ``.xml``; the weights go beside it (``.bin``). Written whole or not at all.
+        observer: how ranges follow from activations: ``"min_max"``, ``"percentile"``; None: means over the images' own
+            extremes (NNCF's choice).
 
-    Raises `DataError` for calibration images no range can be learnt from, `ConvetteError` if the network gives values
-    that are not finite, or the quantised one does or no longer tells images apart. Costs about a forward pass of each
-    image in float32 and 1 to 20 seconds besides.
+    Raises `UsageError` for another observer, `DataError` for calibration images no range can be learnt from,
+    `ConvetteError` if the network gives values that are not finite, or the quantised one does or no longer tells images
+    apart. Costs about a forward pass of each image in float32 and 1 to 20 seconds besides.
     """
     path = Path(path)
+    _check_observer(observer, NNCF_OBSERVERS, "NNCF (OpenVINO)")
     if path.suffix != ".xml":
         raise UsageError(f"{path}: OpenVINO files end in .xml (the weights go beside it, into .bin).")
     images = checked(calibration)
@@ -51,7 +63,12 @@ def quantize_openvino(
     try:
         with _silence():
             quantised = nncf.quantize(
-                converted, dataset, preset=preset, subset_size=len(images), target_device=nncf.TargetDevice.CPU
+                converted,
+                dataset,
+                preset=preset,
+                subset_size=len(images),
+                target_device=nncf.TargetDevice.CPU,
+                advanced_parameters=_nncf_ranges(nncf, observer),
             )
     except Exception as error:
         raise ConvetteError(f"NNCF cannot quantise {type(model).__name__}: {_vendors.one_line(error)}.") from error
@@ -66,8 +83,9 @@ def quantize_onnx(
     path: Path | str,
     *,
     reduce_range: bool | None = None,
+    observer: str | None = None,
 ) -> Path:
-    """Write the float ONNX file `onnx_path` as int8: QDQ, uint8 activations, int8 weights per channel, min-max ranges.
+    """Write the float ONNX file `onnx_path` as int8: QDQ, uint8 activations, int8 weights per channel.
 
     Metadata goes along. Signed activations are 2.7 times slower on x86, so they stay unsigned.
 
@@ -77,10 +95,14 @@ def quantize_onnx(
         path: an ``.onnx``, written whole or not at all.
         reduce_range: 7-bit weights, which x86 processors without VNNI need (their sums saturate); None: as this
             processor needs.
+        observer: how ranges follow from activations: ``"min_max"`` (None: this), ``"percentile"``, ``"mse"``,
+            ``"entropy"`` (`convette.layers.quantization.observed_range` says what they are; all but ``"mse"`` are ONNX
+            Runtime's own).
 
     Raises as `quantize_openvino`. Costs about a forward pass of each image and a few seconds besides.
     """
     onnx_path, path = Path(onnx_path), Path(path)
+    _check_observer(observer, ONNX_OBSERVERS, "ONNX Runtime")
     if path.suffix != ".onnx":
         raise UsageError(f"{path}: ONNX files end in .onnx.")
     images = checked(calibration)
@@ -91,7 +113,8 @@ def quantize_onnx(
         written = Path(folder) / "int8.onnx"
         try:
             with _silence():
-                _write_qdq(onnx_path, images, written, _needs_reduced_range() if reduce_range is None else reduce_range)
+                reduced = _needs_reduced_range() if reduce_range is None else reduce_range
+                _write_qdq(onnx_path, images, written, reduced, observer or "min_max")
         except Exception as error:
             raise ConvetteError(f"ONNX Runtime cannot quantise {onnx_path}: {_vendors.one_line(error)}.") from error
         _refuse_collapse(before, _run_file(written, images[:_BATCH]), f"the int8 network for {path}")
@@ -99,13 +122,18 @@ def quantize_onnx(
     return path
 
 
-def _write_qdq(source: Path, images: np.ndarray, written: Path, reduce_range: bool) -> None:
+def _write_qdq(source: Path, images: np.ndarray, written: Path, reduce_range: bool, observer: str) -> None:
     _vendors.onnxruntime()
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = written.with_name("prepared.onnx")
     quant_pre_process(source, prepared)
+    methods = {"percentile": CalibrationMethod.Percentile, "entropy": CalibrationMethod.Entropy}
+    options: dict[str, Any] = {"CalibPercentile": PERCENTILE} if observer == "percentile" else {}
+    if observer == "mse":
+        # ONNX Runtime offers no such observer but takes ranges: ours are given for every activation.
+        options["TensorQuantOverrides"] = _observed_tensors(prepared, images, observer)
     quantize_static(
         prepared,
         written,
@@ -115,8 +143,69 @@ def _write_qdq(source: Path, images: np.ndarray, written: Path, reduce_range: bo
         reduce_range=reduce_range,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        calibrate_method=CalibrationMethod.MinMax,
+        calibrate_method=methods.get(observer, CalibrationMethod.MinMax),
+        extra_options=options,
     )
+
+
+def _observed_tensors(path: Path, images: np.ndarray, observer: str) -> dict[str, list[dict[str, Any]]]:
+    """Return ONNX Runtime's overrides with the observed range of every float activation of the file."""
+    onnx, ort = _vendors.onnx(), _vendors.onnxruntime()
+    model = load_onnx(path)
+    first = model.graph.input[0].name
+    known = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
+    floats = [
+        name
+        for node in model.graph.node
+        for name in node.output
+        if name in known and known[name].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    ]
+    shown = {value.name for value in model.graph.output}
+    model.graph.output.extend(known[name] for name in floats if name not in shown)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    kept: dict[str, list[np.ndarray]] = {first: [images.ravel()]}
+    for start in range(0, len(images), _BATCH):
+        found = session.run(floats, {first: images[start : start + _BATCH]})
+        for name, value in zip(floats, found, strict=True):
+            kept.setdefault(name, []).append(value.ravel()[:: max(1, value.size // _KEPT_VALUES)])
+    overrides = {}
+    for name, parts in kept.items():
+        low, high = observed_range(torch.from_numpy(np.concatenate(parts)), observer)
+        overrides[name] = [{"rmin": np.float32(low), "rmax": np.float32(high)}]
+    return overrides
+
+
+def _nncf_ranges(nncf: Any, observer: str | None) -> Any:
+    if observer is None:
+        return None
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
+    from nncf.quantization.range_estimator import (
+        AggregatorType,
+        RangeEstimatorParameters,
+        StatisticsCollectorParameters,
+        StatisticsType,
+    )
+
+    def side(lowest: bool) -> Any:
+        if observer == "min_max":
+            kind = StatisticsType.MIN if lowest else StatisticsType.MAX
+            return StatisticsCollectorParameters(
+                statistics_type=kind, aggregator_type=AggregatorType.MIN if lowest else AggregatorType.MAX
+            )
+        return StatisticsCollectorParameters(
+            statistics_type=StatisticsType.QUANTILE,
+            aggregator_type=AggregatorType.MEAN,
+            quantile_outlier_prob=1 - PERCENTILE / 100,
+        )
+
+    return AdvancedQuantizationParameters(
+        activations_range_estimator_params=RangeEstimatorParameters(min=side(True), max=side(False))
+    )
+
+
+def _check_observer(observer: str | None, offered: tuple[str, ...], whose: str) -> None:
+    if observer is not None and observer not in offered:
+        raise UsageError(f"observer {observer!r}: {whose} offers {', '.join(offered)}.")
 
 
 class _Reader:

@@ -169,6 +169,7 @@ def _write_files(
     engines = {EngineSpec.parse(engine).engine for engine in settings.engines}
     files: dict[str, Path] = {}
     failures: list[str] = []
+    observer = None if settings.observer == "default" else settings.observer
     calibration = (
         training_images(data, preprocessing, settings.calibration_images, settings.seed)
         if settings.mode != "off"
@@ -186,9 +187,9 @@ def _write_files(
             path = out / f"model.int8{suffix}"
             try:
                 if engine == "openvino":
-                    quantize_openvino(model, example, calibration, path)
+                    quantize_openvino(model, example, calibration, path, observer=observer)
                 else:
-                    quantize_onnx(plain, calibration, path)
+                    quantize_onnx(plain, calibration, path, observer=observer)
                 files[f"{engine}:cpu:int8"] = path
             except DataError:
                 raise

@@ -7,6 +7,8 @@ from convette.errors import UsageError, did_you_mean
 from convette.runtime import EngineSpec
 
 Mode = Literal["auto", "off", "on"]
+ObserverName = Literal["default", "min_max", "percentile", "mse", "entropy"]
+MethodName = Literal["int8", "low_bit"]
 _QUANTISING = ("openvino", "onnxruntime")
 
 
@@ -19,9 +21,15 @@ class QuantizeSettings:
     - `max_accuracy_drop`: what int8 (or bfloat16) may lose on the validation split against float32, as a share:
       0.01 is one point.
     - `calibration_images`: training images on which the ranges of the activations are taken.
+    - `observer`: how the ranges of activations follow from them: ``"min_max"``, ``"percentile"``, and for ONNX Runtime
+      ``"mse"``, ``"entropy"`` too; ``"default"``: as each engine does by itself.
     - `engines`: where candidates are made and measured (OpenVINO, ONNX Runtime).
     - `batch_size`: images in a measured call. `time_limit`: seconds of measuring for each candidate.
     - `seed`: of the choice of calibration images.
+    - `method`: ``"int8"`` as above; ``"low_bit"``: the network itself is written in few bits, packed, for its size
+      (`convette.quantization.low_bit`), whatever is faster: with weights of `bits` bits (2 to 8), inputs of
+      `activation_bits`, `scale_groups` scales a layer, distilled on `calibration_images` images for `block_steps` steps
+      a block and `joint_steps` together. A limit on size is then met by the bits of each layer (exact allocation).
 
     Raises `UsageError` for a value out of range or an unknown engine.
     """
@@ -31,10 +39,17 @@ class QuantizeSettings:
     mode: Mode = "auto"
     max_accuracy_drop: float = 0.01
     calibration_images: int = 256
+    observer: ObserverName = "default"
     engines: tuple[str, ...] = ("openvino:cpu", "onnxruntime:cpu")
     batch_size: int = 1
     time_limit: float = 5.0
     seed: int = 0
+    method: MethodName = "int8"
+    bits: int = 4
+    activation_bits: int = 8
+    scale_groups: int = 8
+    block_steps: int = 300
+    joint_steps: int = 300
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -46,6 +61,19 @@ class QuantizeSettings:
             raise UsageError(f"quantize.max_accuracy_drop = {self.max_accuracy_drop}: a share in 0..1 is needed.")
         if not self.time_limit > 0:
             raise UsageError(f"quantize.time_limit = {self.time_limit}: seconds above 0 are needed.")
+        if self.observer not in get_args(ObserverName):
+            raise UsageError(
+                f"quantize.observer = {self.observer!r} is not known."
+                f"{did_you_mean(self.observer, get_args(ObserverName))}"
+            )
+        if self.method not in get_args(MethodName):
+            raise UsageError(
+                f"quantize.method = {self.method!r} is not known.{did_you_mean(self.method, get_args(MethodName))}"
+            )
+        for name, least, most in (("bits", 2, 8), ("activation_bits", 0, 8), ("scale_groups", 1, 65_535)):
+            value = getattr(self, name)
+            if not least <= value <= most or (name == "activation_bits" and value == 1):
+                raise UsageError(f"quantize.{name} = {value}: {least} to {most} can be.")
         if not self.engines:
             raise UsageError("quantize.engines is empty; name openvino:cpu, onnxruntime:cpu or both.")
         for text in self.engines:
@@ -53,4 +81,9 @@ class QuantizeSettings:
             if spec.engine not in _QUANTISING or spec.precision is not None:
                 raise UsageError(
                     f"quantize.engines: {text!r} cannot be used; name openvino:cpu, onnxruntime:cpu or both."
+                )
+            if spec.engine == "openvino" and self.observer in ("mse", "entropy"):
+                raise UsageError(
+                    f"quantize.observer = {self.observer!r}: OpenVINO's quantiser has no such observer; use min_max or "
+                    "percentile, or quantize.engines = ['onnxruntime:cpu']."
                 )

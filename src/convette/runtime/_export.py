@@ -6,18 +6,21 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from convette import surgery
 from convette._files import replacing
 from convette.errors import ConvetteError, FileFormatError, UsageError, did_you_mean
+from convette.layers.quantization.deployed import deployed, quantized_layers
 from convette.runtime import _metadata, _vendors
 
 Format = Literal["onnx", "openvino"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".xml": "openvino"}
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
 ONNX_OPSET = 20
+_INT4_OPSET = 21  # the first with four-bit integers
 _ONNX_LIMIT = 2**31 - 2**20  # protobuf's limit for one file, less some room for the graph
 
 
@@ -26,7 +29,8 @@ def export(model: nn.Module, example: Tensor, path: Path | str, *, to: str | Non
 
     A copy in eval mode is exported, with batch normalisation folded into convolutions and linears; `model` stays as it
     is. The batch size of the file is free, the other dimensions are those of `example`. Weights are float32. The input
-    is called ``images`` (float32, preprocessed), the output ``logits``. Preprocessing, class names, task and history
+    is called ``images`` (float32, preprocessed), the output ``logits``. Quantised layers are written as integers with
+    quantise and dequantise operators (weights of 4 bits or fewer as int4). Preprocessing, class names, task and history
     (`surgery.card_of`) go into the file: `read_export_metadata` reads them back.
 
     Args:
@@ -41,8 +45,17 @@ def export(model: nn.Module, example: Tensor, path: Path | str, *, to: str | Non
     path = Path(path)
     to = _format(path, to)
     prepared = deployable(model, example)
-    metadata = _metadata.describe(model, precision="fp32", input_shape=tuple(example.shape[1:]))
-    if to == "onnx":
+    quantised = bool(quantized_layers(model))
+    metadata = _metadata.describe(
+        model, precision="int8" if quantised else "fp32", input_shape=tuple(example.shape[1:])
+    )
+    if quantised and to == "openvino":
+        # OpenVINO reads quantise and dequantise operators from ONNX only.
+        with tempfile.TemporaryDirectory(prefix="convette-") as folder:
+            middle = Path(folder) / "model.onnx"
+            _write_onnx(prepared, example, middle, metadata)
+            write_openvino(read_openvino(middle), path, metadata)
+    elif to == "onnx":
         _write_onnx(prepared, example, path, metadata)
     else:
         write_openvino(convert_to_openvino(prepared, example), path, metadata)
@@ -99,6 +112,8 @@ def deployable(model: nn.Module, example: Tensor) -> nn.Module:
             f"{type(model).__name__} returns a {type(output).__name__}; only networks that return one tensor can be "
             "exported. Wrap it in a module that returns the tensor you need."
         )
+    if quantized_layers(plain):
+        return deployed(plain).requires_grad_(False)
     try:
         return surgery.fold(plain, example).eval().requires_grad_(False)
     except ConvetteError:
@@ -214,7 +229,7 @@ def _write_onnx(prepared: nn.Module, example: Tensor, path: Path, metadata: dict
                 dynamo=True,
                 input_names=[INPUT_NAME],
                 output_names=[OUTPUT_NAME],
-                opset_version=ONNX_OPSET,
+                opset_version=_INT4_OPSET if _has_integers(prepared) else ONNX_OPSET,
                 external_data=False,
                 verbose=False,
             )
@@ -226,7 +241,42 @@ def _write_onnx(prepared: nn.Module, example: Tensor, path: Path, metadata: dict
                 "Try OpenVINO: --to openvino."
             ) from error
     _name_batch(model)
+    for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        # Where in the Python source each operator came from: a quarter of a small file, of no use to an engine.
+        del part.metadata_props[:]
+    if _has_integers(prepared):
+        _use_int4(model)
     save_onnx(model, path, metadata)
+
+
+def _has_integers(prepared: nn.Module) -> bool:
+    return any(tensor.dtype == torch.int8 for tensor in prepared.buffers())
+
+
+def _use_int4(model: Any) -> None:
+    """Store the weights that four bits can hold in four bits."""
+    onnx = _vendors.onnx()
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    changed: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in stored:
+            continue
+        tensor = stored[node.input[0]]
+        if tensor.data_type != onnx.TensorProto.INT8:
+            continue
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.size and values.min() >= -8 and values.max() <= 7:
+            name, shape = tensor.name, list(tensor.dims)
+            flat = values.astype("uint8").ravel() & 15
+            flat = np.append(flat, 0) if flat.size % 2 else flat
+            packed = (flat[::2] | (flat[1::2] << 4)).astype("uint8").tobytes()
+            tensor.CopyFrom(onnx.helper.make_tensor(name, onnx.TensorProto.INT4, shape, packed, raw=True))
+            # A zero point of another type is not allowed; these weights are symmetric and need none.
+            del node.input[2:]
+            changed.add(name)
+    kept = [value for value in model.graph.value_info if value.name not in changed]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
 
 
 def _name_batch(model: Any) -> None:

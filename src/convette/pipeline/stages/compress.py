@@ -16,24 +16,25 @@ from convette.training import TrainSettings
 
 def compress(run: Run, folder: Path) -> CompressResult:
     """Prune the trained network to the budget and write the smaller one."""
-    assert run.budget is not None
+    budget = run.pruning_budget
+    assert budget is not None
     # What the training did with a clean half of each batch, recovery does not do.
     parent = end_streams(run.network("train"))
     result = prune(
         parent,
         run.data,
-        run.budget,
+        budget,
         run.recipe.prune,
         train_settings=recovery_settings(run.recipe.train, run.recipe.prune.epochs),
-        measure=measurer(run.budget, run.recipe.run.contention),
+        measure=measurer(budget, run.recipe.run.contention),
         checkpoint_dir=run.folder.checkpoints("compress"),
         device=run.device,
     )
     run.save(result.model, folder / MODEL_FILE)
     return CompressResult(
-        budget=str(run.budget),
+        budget=str(budget),
         settings=settings_json(run.recipe.prune),
-        path=[path_point(record, run.budget.engines) for record in result.steps],
+        path=[path_point(record, budget.engines) for record in result.steps],
         widths=[Width(layer=layer, before=before, after=after) for layer, (before, after) in result.widths.items()],
         recovery=epochs_of(result.recovery),
         validation_before=validate(run, parent),

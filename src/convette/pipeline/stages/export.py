@@ -25,16 +25,17 @@ def export_network(run: Run, folder: Path) -> ExportResult:
     for reason in dict.fromkeys(kept.values()):
         names = [name for name, one in kept.items() if one == reason]
         note(f"export: not folded, {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}")
-    files = [_described(run, folder / MODEL_FILE, "convette", "fp32")]
+    low_bit = run.final_stage() == "quantize"
+    files = [_described(run, folder / MODEL_FILE, "convette", "low-bit" if low_bit else "fp32")]
     for form in run.recipe.export.formats:
         path = export(model, run.example, folder / f"model{SUFFIXES[form]}", to=form)
-        files.append(_described(run, path, form, "fp32"))
+        files.append(_described(run, path, form, "int8" if low_bit else "fp32"))
     quantized: QuantizationResult | None = read_result(run.path, "quantize")
     if quantized is not None and quantized.file is not None:
         source = run.path / "quantize" / quantized.file
         path = _copy(source, folder / f"model-int8{source.suffix}")
         files.append(_described(run, path, "onnx" if path.suffix == ".onnx" else "openvino", "int8"))
-    files = _recommend(files, quantized) if quantized is not None else _fastest(run, files)
+    files = _recommend(files, quantized) if quantized is not None and not low_bit else _fastest(run, files)
     for file in files:
         note(f"export: {run.path / file.file} ({format_bytes(file.bytes)})")
     return ExportResult(files=files, unfolded=kept)

@@ -83,10 +83,10 @@ def put_card(model: nn.Module, data: ImageData, *, keep_normalisation: bool) -> 
 def _check_budget(run: Run, model: nn.Module, data: ImageData) -> Cost | None:
     from convette.pruning import check_budget
 
-    if run.budget is None:
+    if run.pruning_budget is None:
         return None
-    measure = measurer(run.budget, run.recipe.run.contention)
-    return check_budget(model, data, run.budget, run.recipe.prune, measure=measure)
+    measure = measurer(run.pruning_budget, run.recipe.run.contention)
+    return check_budget(model, data, run.pruning_budget, run.recipe.prune, measure=measure)
 
 
 STAGE = Stage("model", choose_model)

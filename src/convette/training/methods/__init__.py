@@ -6,6 +6,7 @@
 from convette.training.methods._finding import check_options, find_method, make_method, methods_of, with_own
 from convette.training.methods.consistent_normalization import ConsistentTraining
 from convette.training.methods.norm_loss import NormLossTraining
+from convette.training.methods.quantization_aware import QuantizationAware
 from convette.training.methods.skewness_batch_norm import AnnealSkewness
 from convette.training.methods.sparse_switchable_normalization import SparseSwitch
 
@@ -13,6 +14,7 @@ __all__ = [
     "AnnealSkewness",
     "ConsistentTraining",
     "NormLossTraining",
+    "QuantizationAware",
     "SparseSwitch",
     "check_options",
     "find_method",

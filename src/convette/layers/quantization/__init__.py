@@ -1,0 +1,25 @@
+"""Quantised layers: trainable ones (straight-through estimators), and ones whose weights are stored packed."""
+
+from convette.layers.quantization.fake_quantize import (
+    ActivationQuantizer,
+    QuantConv2d,
+    QuantLinear,
+    fake_quantize,
+)
+from convette.layers.quantization.observers import group_scales, observed_range, optimal_partition
+from convette.layers.quantization.packed import PackedConv2d, PackedLinear, pack, packed_bytes, unpack
+
+__all__ = [
+    "ActivationQuantizer",
+    "PackedConv2d",
+    "PackedLinear",
+    "QuantConv2d",
+    "QuantLinear",
+    "fake_quantize",
+    "group_scales",
+    "observed_range",
+    "optimal_partition",
+    "pack",
+    "packed_bytes",
+    "unpack",
+]

@@ -1,0 +1,150 @@
+"""Low-bit with limited data: two stages that help, exact allocation, packed files, exports that run."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from convette import surgery
+from convette.cost import count
+from convette.errors import BudgetError, DataError, StructureError, UsageError
+from convette.layers.quantization import PackedConv2d
+from convette.models import create_model, load, save
+from convette.quantization import LowBitSettings, low_bit
+from convette.quantization._blocks import blocks_of, run_block
+from convette.quantization.low_bit_limited_data import allocate, choose_bits, layer_bytes
+from convette.runtime import export, prepare, read_export_metadata
+
+QUICK = {"block_steps": 0, "joint_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def few(digits):
+    return digits.preprocessing(digits.train.stored[:48])
+
+
+@pytest.fixture(scope="module")
+def folded(net, few):
+    model = copy.deepcopy(net).eval()
+    surgery.apply(model, *surgery.fold_edits(model, few[:2]))
+    return model
+
+
+def accuracy(model, digits):
+    with torch.no_grad():
+        logits = model(digits.preprocessing(digits.validation.stored))
+    return float((logits.argmax(1) == digits.validation.labels).float().mean())
+
+
+def test_both_stages_bring_accuracy_back(net, few, digits):
+    start = copy.deepcopy(net).eval()
+    plain = low_bit(start, few, LowBitSettings(bits=2, activation_bits=4, scale_groups=1, **QUICK))
+    helped = low_bit(
+        start,
+        few,
+        LowBitSettings(bits=2, activation_bits=4, scale_groups=4, block_steps=100, joint_steps=100, learning_rate=1e-3),
+    )
+    assert all(after <= before for before, after in helped.block_errors.values())
+    assert min(helped.joint_losses) <= helped.joint_losses[0]
+    assert accuracy(helped.model, digits) > accuracy(plain.model, digits) + 0.02
+    assert torch.equal(next(start.parameters()), next(net.parameters()))
+
+
+def test_eight_bits_lose_nothing_and_the_size_is_the_bytes(net, few, digits):
+    result = low_bit(net, few, LowBitSettings(bits=8, scale_groups=4, **QUICK))
+    assert accuracy(result.model, digits) >= accuracy(copy.deepcopy(net).eval(), digits) - 0.01
+    stored = sum(x.numel() * x.element_size() for x in result.model.state_dict().values())
+    assert result.size == stored == count(result.model, few[:1]).size
+    assert count(result.model, few[:1]).parameters >= 16 * 9 + 32 * 16 * 9 + 32 * 32 * 9
+    assert result.float_size > 3 * result.size and result.to_json()["size"] == result.size
+
+
+@pytest.mark.parametrize("share", [0.12, 0.2])
+def test_mixed_precision_meets_the_size_exactly_predicted(net, few, folded, share):
+    size = int(share * low_bit(net, few, LowBitSettings(**QUICK)).float_size)
+    settings = LowBitSettings(size=size, **QUICK)
+    result = low_bit(net, few, settings)
+    assert result.size <= size
+    layers = {name: folded.get_submodule(name) for name in result.bits}
+    assert result.size == sum(layer_bytes(layer, result.bits[name], settings) for name, layer in layers.items())
+    with pytest.raises(BudgetError, match="at the least"):
+        choose_bits(folded, few, LowBitSettings(size=100))
+
+
+def test_the_allocation_equals_brute_force():
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        errors = np.sort(generator.random((4, 3)) ** 4, axis=1)[:, ::-1]
+        sizes = np.sort(generator.integers(5, 60, (4, 3)), axis=1)
+        limit = int(generator.integers(sizes.min(1).sum(), sizes.max(1).sum()))
+        best = min(
+            sum(errors[row, pick] for row, pick in enumerate(picks))
+            for picks in itertools.product(range(3), repeat=4)
+            if sum(sizes[row, pick] for row, pick in enumerate(picks)) <= limit
+        )
+        found = allocate(errors, sizes, limit)
+        assert sum(sizes[row, pick] for row, pick in enumerate(found)) <= limit
+        assert sum(errors[row, pick] for row, pick in enumerate(found)) == pytest.approx(best)
+    assert allocate(errors, sizes, 1) is None
+
+
+def test_blocks_are_residual_ones_and_learn_alone():
+    model = create_model("resnet20", seed=0).eval()
+    x = torch.randn(4, 3, 8, 8)
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    blocks = blocks_of(model, names, x)
+    assert [block.name for block in blocks[:3]] == ["conv1", "layer1.0", "layer1.1"]
+    assert blocks[-1].name == "linear" and len(blocks) == 11
+    inputs, outputs = run_block(model, "layer2.0", x)
+    with torch.no_grad():
+        assert torch.equal(model.layer2[0](inputs), outputs)
+
+
+def test_a_packed_network_is_saved_small_loaded_and_exported(tmp_path):
+    model = create_model("resnet20", in_channels=1, seed=0)
+    images = torch.randn(24, 1, 8, 8)
+    with torch.no_grad():
+        model.train()(images)
+    result = low_bit(model.eval(), images, LowBitSettings(bits=4, **QUICK))
+    save(result.model, tmp_path / "packed.safetensors")
+    loaded = load(tmp_path / "packed.safetensors")
+    with torch.no_grad():
+        expected = result.model(images)
+        assert torch.equal(loaded(images), expected)
+    assert isinstance(loaded.layer1[0].conv1, PackedConv2d) and loaded.layer1[0].conv1.packed.dtype == torch.uint8
+    assert (tmp_path / "packed.safetensors").stat().st_size < 0.17 * result.float_size
+    onnx = export(loaded, images[:1], tmp_path / "packed.onnx")
+    assert onnx.stat().st_size < 0.35 * result.float_size  # int4 weights
+    assert read_export_metadata(onnx)["precision"] == "int8"
+    export(loaded, images[:1], tmp_path / "packed.xml")
+    for engine, name in (("onnxruntime:cpu", "packed.onnx"), ("openvino:cpu", "packed.xml")):
+        with prepare(engine, tmp_path / name, images[:1]) as runner:
+            assert runner.precision == "int8"
+            error = F.mse_loss(torch.from_numpy(runner(images)), expected) / expected.square().mean()
+            assert error < 0.05
+
+
+def test_images_and_settings_that_cannot_be(net, few):
+    with pytest.raises(DataError, match="1 image"):
+        low_bit(net, few[:1])
+    with pytest.raises(DataError, match="all the same"):
+        low_bit(net, few[:1].expand(20, -1, -1, -1))
+    dead = copy.deepcopy(net).eval()
+    with torch.no_grad():
+        dead.norm2.weight.zero_()
+        dead.norm2.bias.fill_(-1)
+        dead.norm3.weight.zero_()
+        dead.norm3.bias.fill_(-1)
+    before = copy.deepcopy(dead.state_dict())
+    with pytest.raises(DataError, match=r"layer conv3.*constant activation"):
+        low_bit(dead, few)
+    assert all(torch.equal(value, before[name]) for name, value in dead.state_dict().items())
+    with pytest.raises(StructureError, match="no convolution or linear"):
+        low_bit(nn.Sequential(nn.ReLU()), few)
+    for wrong in ({"bits": 9}, {"activation_bits": 1}, {"held_out": 1.0}, {"choices": (1, 2)}):
+        with pytest.raises(UsageError, match="low-bit"):
+            LowBitSettings(**wrong)
