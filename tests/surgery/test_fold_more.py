@@ -82,6 +82,12 @@ def test_convolutions_in_a_row():
     # More multiplications than before: a narrow middle stays.
     folded_as(lambda: nn.Sequential(nn.Conv2d(4, 1, 1), nn.Conv2d(1, 6, 1)))
     folded_as(lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1)))
+    # Groups of a pointwise second, within those of the first.
+    for groups in (1, 2):
+        folded_as(
+            lambda groups=groups: nn.Sequential(nn.Conv2d(4, 8, 3, groups=groups), nn.Conv2d(8, 8, 1, groups=4)),
+            "fold_convs",
+        )
     # Something between.
     folded_as(lambda: nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 6, 1)))
     folded_as(lambda: nn.Sequential(nn.Flatten(), nn.Linear(396, 30), nn.Dropout(), nn.Linear(30, 8)), "fold_convs")

@@ -110,10 +110,14 @@ class FoldConvs(_Folding):
         one, two = first.weight.detach().double(), second.weight.detach().double()
         inner = _double(first.bias, one.shape[0], one)
         start = _double(second.bias, two.shape[0], two)
-        reach = two.flatten(2).sum(2) if two.ndim > 2 else two
-        bias = start + reach @ inner if first.bias is not None or second.bias is not None else None
+        # By the second's groups, each of which lies within one of the first's.
+        parts = getattr(second, "groups", 1)
+        reach = (two.flatten(2).sum(2) if two.ndim > 2 else two).unflatten(0, (parts, -1))
+        bias = None
+        if first.bias is not None or second.bias is not None:
+            bias = start + torch.einsum("gom,gm->go", reach, inner.unflatten(0, (parts, -1))).flatten()
         if _pointwise(second):
-            weight = torch.einsum("om,m...->o...", two.flatten(1), one)
+            weight = torch.einsum("gom,gm...->go...", reach, one.unflatten(0, (parts, -1))).flatten(0, 1)
             sizes: dict[str, Any] = {"out_features": two.shape[0]}
             if isinstance(first, _ConvNd):
                 stride = tuple(a * b for a, b in zip(first.stride, second.stride, strict=True))
@@ -153,10 +157,11 @@ def cannot_join(first: Any, second: Any) -> str:
         return "they are of different kinds"
     if first.weight.shape[0] != second.weight.shape[1] * getattr(second, "groups", 1):
         return f"{first.weight.shape[0]} channels meet {second.weight.shape[1] * getattr(second, 'groups', 1)}"
-    if getattr(first, "groups", 1) != 1 or getattr(second, "groups", 1) != 1:
-        return "one has groups"
-    if _pointwise(second):
+    groups, inner = getattr(first, "groups", 1), getattr(second, "groups", 1)
+    if _pointwise(second) and inner % groups == 0:
         return ""
+    if groups != 1 or inner != 1:
+        return "one has groups"
     if not _pointwise(first) or any(step != 1 for step in first.stride):
         return "neither has kernel size 1 and stride 1"
     if any_padding(second) and second.padding_mode == "zeros" and first.bias is not None and bool(first.bias.any()):

@@ -221,7 +221,7 @@ def _cheaper(first: Any, second: Any, one: Node, other: Node) -> bool:
     maps = (math.prod(one.shape[2:]), math.prod(other.shape[2:]))
     before = first.weight.numel() * maps[0] + second.weight.numel() * maps[1]
     taps = max(first.weight[0, 0].numel(), second.weight[0, 0].numel())
-    return first.in_channels * second.out_channels * taps * maps[1] <= before
+    return first.in_channels // first.groups * second.out_channels * taps * maps[1] <= before
 
 
 def _scales(model: nn.Module, nodes: Sequence[Node], own: dict[int, Node]) -> list[Edit]:
