@@ -11,28 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convette._progress import note
 from convette.cost import Budget, Cost, LatencyTable, Limit, count
 from convette.data import ImageData
 from convette.errors import UsageError
 from convette.pruning import allocation, criteria
-from convette.pruning._candidate import (
-    Candidate,
-    Selection,
-    check_reachable,
-    cut,
-    prepare_candidate,
-    reach_measured,
-)
+from convette.pruning._blocks import drop_blocks
+from convette.pruning._candidate import cut
+from convette.pruning._deciding import Decision, decide, say, smallest_cost
 from convette.pruning._distributed import copy_from_main_rank, decided_by_main_rank
 from convette.pruning._measured import MEASURED, Measure, MeasuredLimits
-from convette.pruning._predicting import make_table
 from convette.pruning._store import StateStore, fingerprint
+from convette.pruning.gradual import GradualPruning
+from convette.pruning.growing_regularization import GrowingRegularization
 from convette.pruning.recovery import recalibrate, recover
+from convette.pruning.redistribution import redistribute
 from convette.pruning.result import PruneResult, StepRecord, widths_of, write_history
 from convette.pruning.settings import PruneSettings
+from convette.pruning.soft_pruning import SoftPruning
 from convette.surgery import ModelCard, card_of, set_card, structure_log, trace
-from convette.training import EpochRecord, TrainSettings, distributed, evaluate
+from convette.training import EpochRecord, Method, TrainSettings, evaluate
 
 EXTRA_STEPS = 3
 CALIBRATION_BATCH = 64
@@ -61,6 +58,7 @@ class Run:
     cap_start: float = 0.0
     reached: float = 0.0
     table: LatencyTable | None = None
+    targets: list[tuple[str, float]] = field(default_factory=list)
     records: list[StepRecord] = field(default_factory=list)
     recovery: list[EpochRecord] = field(default_factory=list)
     latencies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -75,6 +73,8 @@ class Run:
             "cap_metric": self.cap_metric,
             "cap_start": self.cap_start,
             "reached": self.reached,
+            "targets": [list(target) for target in self.targets],
+            "minimum": dict(self.minimum),
             "table": self.table.to_json() if self.table else None,
             "records": [record.to_json() for record in self.records],
             "recovery": [epoch.to_json() for epoch in self.recovery],
@@ -97,95 +97,60 @@ class Run:
         self.cap_metric, self.cap_start = state.facts["cap_metric"], state.facts["cap_start"]
         self.reached, table = state.facts["reached"], state.facts["table"]
         self.table = LatencyTable.from_json(table) if table else None
+        self.targets = [(metric, value) for metric, value in state.facts["targets"]]
+        self.minimum = state.facts["minimum"]
         self.records = [StepRecord.from_json(record) for record in state.facts["records"]]
         self.recovery = [EpochRecord(**epoch) for epoch in state.facts["recovery"]]
         self.seconds_before = state.facts["seconds"]
-        _say(f"pruning goes on after step {self.step}{'' if state.finished else ' (cut, not yet recovered)'}")
+        say(f"pruning goes on after step {self.step}{'' if state.finished else ' (cut, not yet recovered)'}")
         return network if state.finished else self.repair(network, time.perf_counter())
 
     def next_step(self, network: nn.Module) -> nn.Module:
         """Cut `network` once more, repair it and keep it; returns the network to go on with."""
         began = time.perf_counter()
         self.step += 1
-        graph = trace(network, self.example)
-        decision = decided_by_main_rank(lambda: self.decide(network))
+        decision = Decision(**decided_by_main_rank(lambda: asdict(decide(self, network))))
         if self.step == 1:
             # Only now: a budget that cannot be reached costs no evaluation.
             self.records[0] = replace(self.records[0], accuracy=self.accuracy(network))
-        self.cap, self.cap_metric = decision["cap"], decision["cap_metric"]
-        self.cap_start, self.reached = decision["cap_start"], decision["reached"]
-        if decision["enough"]:
-            _say("pruning: the network meets the budget as it is; nothing is removed")
-            self.step = self.settings.steps
+        self.cap, self.cap_metric = decision.cap, decision.cap_metric
+        self.cap_start, self.reached = decision.cap_start, decision.reached
+        self.targets = [(str(metric), float(value)) for metric, value in decision.targets]
+        if decision.enough:
+            say("pruning: the network meets the budget as it is; nothing is removed")
+            self.step = self.settings.cuts
             self.store.save(network, self.edits_before, self.step, True, self.facts(network))
             return network
-        selection = {name: torch.tensor(kept) for name, kept in decision["selection"].items()}
-        cut(network, graph, selection)
-        if self.data is not None and self.settings.recalibrate:
+        if decision.blocks:
+            say(f"pruning: {', '.join(decision.blocks)} left out")
+            drop_blocks(network, decision.blocks)
+            self.minimum = minimum_of(network, self.example, self.settings.least_share)
+        if decision.selection:
+            self.shrink(network, {name: torch.tensor(kept) for name, kept in decision.selection.items()})
+        if self.data is not None and self.settings.recalibrate and (decision.selection or decision.blocks):
             recalibrate(network, self.data, seed=self.settings.seed)
         copy_from_main_rank(network)
-        cost = count(network, self.example)
         before = self.accuracy(network)
-        self.records.append(StepRecord(self.step, cost, self.units(network), 0, before, before, 0.0))
+        record = StepRecord(self.step, count(network, self.example), self.units(network), 0, before, before)
+        self.records.append(replace(record, blocks=tuple(decision.blocks)))
         self.store.save(network, self.edits_before, self.step, False, self.facts(network))
         return self.repair(network, began)
 
+    def shrink(self, network: nn.Module, selection: Mapping[str, Tensor]) -> None:
+        """Cut `network` to `selection`, in place; what stays takes over what goes if that is asked for."""
+        graph = trace(network, self.example)
+        if self.settings.redistribute:
+            redistribute(network, graph, selection, self.calibration())
+        cut(network, graph, selection)
+
     def check(self) -> Cost:
         """Return the cost of the smallest network; `BudgetError` if the budget cannot be reached."""
-        candidate = prepare_candidate(self.parent, self.example, self.minimum, self.settings, self.calibration(), 0)
-        return check_reachable(candidate, self.budget, self.start, self.measured)
-
-    def decide(self, network: nn.Module) -> dict[str, Any]:
-        """Choose the units that stay at this step, on rank 0.
-
-        Returns ``{"selection": {group: units}, "enough", "cap", "cap_metric", "cap_start", "reached"}``: `enough` says
-        at the first step that all limits hold already, so that there is nothing to remove; the cap is on the MACs (or
-        the latency by the table), None if nothing measured asks for one; `reached` is the selection's own.
-        """
-        if self.table is None and self.settings.predictor == "latency_table" and self.measured.engines:
-            self.table = make_table(self.parent, self.example, self.measured.engines[0], self.store.directory)
-        candidate = prepare_candidate(
-            network, self.example, self.minimum, self.settings, self.calibration(), self.step, self.table
-        )
-        start = self.cap_start or candidate.capped({})
-        selection, cap, enough = self._choose(candidate)
-        return {
-            "selection": _as_lists(selection),
-            "enough": enough,
-            "cap": cap,
-            "cap_metric": candidate.cap_metric,
-            "cap_start": start,
-            "reached": candidate.capped(selection),
-        }
-
-    def _choose(self, candidate: Candidate) -> tuple[Selection, float | None, bool]:
-        now, cap = candidate.capped({}), self.cap
-        if self.step == 1:
-            check_reachable(candidate, self.budget, self.start, self.measured)
-            enough = Budget(tuple(self.limits)).met(self.start) if self.limits else True
-            if self.measured.limits:
-                _say(f"pruning: looking for the {_named(candidate)} that meets the measured limits")
-                selection, cap = reach_measured(candidate, self.limits, self.measured, now, note=_say)
-                enough = enough and cap is None
-                if self.settings.steps == 1 and not enough:
-                    return selection, cap, False
-            if enough:
-                return {}, None, True
-        start = self.cap_start or now
-        if self.step < self.settings.steps:
-            return candidate.within(self.limits_at(self.step / self.settings.steps, cap, candidate, start)), cap, False
-        if not self.measured.limits:
-            return candidate.within(self.limits), cap, False
-        # A step beyond the last means that the final measurement missed: the cap was lowered for it.
-        floor = candidate.capped(candidate.smallest())
-        beyond = (candidate.cap_limit(max(cap or now, floor)),) if self.step > self.settings.steps else ()
-        selection, found = reach_measured(candidate, (*self.limits, *beyond), self.measured, now, guess=cap, note=_say)
-        return selection, found if found is not None else cap, False
+        return smallest_cost(self)
 
     def repair(self, network: nn.Module, began: float) -> nn.Module:
         """Train the cut `network` for the epochs of this step, record it and keep it."""
-        epochs = self.settings.epochs_of(min(self.step, self.settings.steps)) if self.data else 0
-        if self.step > self.settings.steps:
+        epochs = self.settings.epochs_of(min(self.step, self.settings.cuts)) if self.data else 0
+        if self.step > self.settings.cuts:
             epochs = min(1, epochs)
         record = self.records[-1]
         if epochs and self.data is not None:
@@ -196,21 +161,26 @@ class Run:
                 epochs,
                 self.settings,
                 train_settings=self.train_settings,
+                methods=self.pruning_methods(),
                 device=self.device,
                 checkpoint_dir=self.store.training_dir(self.step),
-                title=f"recover, step {self.step} of {max(self.step, self.settings.steps)}",
+                title=f"recover, step {self.step} of {max(self.step, self.settings.cuts)}",
             )
             self.recovery += history
             record = replace(record, epochs=epochs, accuracy=self.accuracy(network))
+            if self.targets:
+                record = replace(record, cost=count(network, self.example), units=self.units(network))
+                self.reached = float(record.cost.macs)
+                self.targets = []
         self.records[-1] = replace(record, seconds=time.perf_counter() - began)
         self.store.save(network, self.edits_before, self.step, True, self.facts(network))
         accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.2%}"
-        _say(f"pruning step {self.step}: {record.cost.macs / self.start.macs:.1%} of the MACs{accuracy}")
+        say(f"pruning step {self.step}: {record.cost.macs / self.start.macs:.1%} of the MACs{accuracy}")
         return network
 
     def done(self, network: nn.Module) -> bool:
         """Tell whether all steps are made and, measured once more, the latency limits hold (or cutting on is vain)."""
-        if self.step < self.settings.steps:
+        if self.step < self.settings.cuts:
             return False
         if not self.measured.engines:
             return True
@@ -219,11 +189,11 @@ class Run:
             name: {engine: _latency(value) for engine, value in engines.items()} for name, engines in verdict.items()
         }
         share = self._worst_latency()
-        if share <= 1 or self.step >= self.settings.steps + EXTRA_STEPS:
+        if share <= 1 or self.step >= self.settings.cuts + EXTRA_STEPS:
             return True
         # One disturbed measurement must not cost most of the network: a fifth of it at most.
         self.cap = self.reached * max((1 - self.settings.latency_margin) / share, 0.8)
-        _say(f"pruning: the final measurement is at {share:.1%} of the limit; cutting further")
+        say(f"pruning: the final measurement is at {share:.1%} of the limit; cutting further")
         return False
 
     def result(self, network: nn.Module) -> PruneResult:
@@ -238,13 +208,24 @@ class Run:
         write_history(network, result, str(self.budget), self.settings)
         return result
 
-    def limits_at(self, fraction: float, cap: float | None, candidate: Candidate, cap_start: float) -> list[Limit]:
-        """Return the limits after this fraction of the steps: each cost falls by the same factor a step."""
-        found = [
-            replace(limit, value=_on_the_way(float(self.start.get(limit.metric)), limit.value, fraction))
-            for limit in self.limits
-        ]
-        return [*found, *([candidate.cap_limit(_on_the_way(cap_start, cap, fraction))] if cap is not None else [])]
+    def pruning_methods(self) -> tuple[Method, ...]:
+        """Return what prunes during the training of this step, where the schedule is one of those that do."""
+        if not self.targets:
+            return ()
+        kinds = {"gradual": GradualPruning, "growing": GrowingRegularization, "soft": SoftPruning}
+        limits = tuple(Limit(metric, None, value, False, None) for metric, value in self.targets)
+        choices = self.settings
+        method = kinds[choices.schedule](
+            Budget(limits),
+            criterion=choices.criterion,
+            criterion_options=choices.criterion_options,
+            allocation=choices.allocation,
+            multiple_of=choices.multiple_of,
+            min_fraction=float(choices.min_fraction),
+            calibration=self.calibration(),
+            seed=choices.seed,
+        )
+        return (method,)
 
     def calibration(self) -> list[tuple[Tensor, Tensor]]:
         """Return the calibration batches, ready for the network; none without data."""
@@ -302,7 +283,7 @@ def prepare_run(
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     start = count(parent, example)
     counted = Budget(tuple(limit for limit in budget.limits if limit.metric not in MEASURED))
-    minimum = {group.name: math.ceil(settings.least_share * group.size) for group in trace(parent, example).groups}
+    minimum = minimum_of(parent, example, settings.least_share)
     chosen = asdict(train_settings) if train_settings else None
     parts = [str(budget), asdict(settings), chosen]
     parts += [images.fingerprint, images.preprocessing.to_json()] if images else []
@@ -323,6 +304,11 @@ def prepare_run(
     )
 
 
+def minimum_of(network: nn.Module, example: Any, share: float) -> dict[str, int]:
+    """Return how many units of every group have to stay: `share` of them, rounded up."""
+    return {group.name: math.ceil(share * group.size) for group in trace(network, example).groups}
+
+
 def to_device(example: Any, device: torch.device | str) -> Any:
     """Return the example (tensor, or tuple, list or dict of them) on `device`."""
     if isinstance(example, Tensor):
@@ -334,27 +320,13 @@ def to_device(example: Any, device: torch.device | str) -> Any:
     return example
 
 
-def _named(candidate: Candidate) -> str:
-    return "number of MACs" if candidate.cap_metric == "macs" else "latency by the table"
-
-
-def _as_lists(selection: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {name: kept.tolist() for name, kept in selection.items()}
-
-
-def _say(text: str) -> None:
-    if distributed.is_main():
-        note(text)
-
-
-def _on_the_way(start: float, bound: float, fraction: float) -> float:
-    if start <= bound or start <= 0 or bound <= 0:
-        return bound
-    return start * (bound / start) ** fraction
-
-
 def _needs_data(settings: PruneSettings) -> bool:
-    return settings.criterion in criteria.NEED_DATA or settings.allocation in allocation.NEED_DATA
+    return (
+        settings.criterion in criteria.NEED_DATA
+        or settings.allocation in allocation.NEED_DATA
+        or settings.redistribute
+        or settings.blocks > 0
+    )
 
 
 def _check_without_data(settings: PruneSettings) -> None:
@@ -364,6 +336,8 @@ def _check_without_data(settings: PruneSettings) -> None:
         raise UsageError(
             f"allocation {settings.allocation} needs a data set, not only an example; use global or uniform."
         )
+    if settings.redistribute:
+        raise UsageError("prune.redistribute needs a data set to calibrate on, not only an example; leave it out.")
     if settings.epochs:
         raise UsageError(
             f"prune.epochs = {settings.epochs}: recovery needs a data set, not only an example; use epochs=0."

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convette.cost import Budget, Limit, WidthCost, count
 from convette.errors import UsageError
@@ -14,7 +14,7 @@ from convette.pruning._measured import MEASURED
 from convette.pruning.allocation import NEED_DATA as NEED_LOSS
 from convette.pruning.allocation import WidthRules, find_allocation
 from convette.pruning.criteria import NEED_DATA, check_options, score_units
-from convette.surgery import trace
+from convette.surgery import ChannelGraph, trace
 from convette.training import Event, Method
 
 if TYPE_CHECKING:
@@ -116,36 +116,39 @@ class GradualPruning(Method):
         return min(round(share * total), total - 1)
 
     def _cut(self, trainer: "Trainer") -> None:
-        model, example = trainer.state.model, _one_image(trainer.state.example)
-        graph = trace(model, example)
+        graph = trace(trainer.state.model, one_image(trainer.state.example))
+        chosen = decided_by_main_rank(lambda: self.choose(trainer, graph))
+        if chosen:
+            trainer.edit_structure([graph.shrink({name: torch.tensor(kept) for name, kept in chosen.items()})])
+
+    def choose(self, trainer: "Trainer", graph: ChannelGraph) -> dict[str, list[int]]:
+        """Return the units that stay after this cut (``self.cuts``), of every group that loses some."""
+        model, example = trainer.state.model, one_image(trainer.state.example)
         first = not self.start
         if first:
-            cost = count(model, example)
-            self.start = {limit.metric: float(cost.get(limit.metric)) for limit in self.budget.limits}
-            self.bounds = {limit.metric: float(limit.value) for limit in self.budget.resolve(cost).limits}
-            self.minimum = {group.name: math.ceil(self.min_fraction * group.size) for group in graph.groups}
-        limits = self._limits(1 - (1 - self.cuts / self.times) ** 3)
+            self._start_from(model, example, graph)
+        scores = score_units(
+            self.criterion,
+            model,
+            graph,
+            self.calibration or None,
+            seed=self.seed + self.cuts,
+            options=self.criterion_options,
+        )
+        allocate = find_allocation(self.allocation)
+        rules = WidthRules(self.multiple_of, self.minimum)
+        width_cost = WidthCost(model, example, graph)
+        if first:  # raises now, not when much has been trained, if the end cannot be reached
+            allocate(scores, graph, width_cost, self._limits(1.0), rules=rules)
+        limits = self._limits(1 - (1 - min(1.0, self.cuts / self.times)) ** 3)
+        selection = allocate(scores, graph, width_cost, limits, rules=rules)
+        return {name: kept.tolist() for name, kept in selection.items()}
 
-        def decide() -> dict[str, list[int]]:
-            scores = score_units(
-                self.criterion,
-                model,
-                graph,
-                self.calibration or None,
-                seed=self.seed + self.cuts,
-                options=self.criterion_options,
-            )
-            allocate = find_allocation(self.allocation)
-            rules = WidthRules(self.multiple_of, self.minimum)
-            width_cost = WidthCost(model, example, graph)
-            if first:  # raises now, not when much has been trained, if the end cannot be reached
-                allocate(scores, graph, width_cost, self._limits(1.0), rules=rules)
-            selection = allocate(scores, graph, width_cost, limits, rules=rules)
-            return {name: kept.tolist() for name, kept in selection.items()}
-
-        selection = {name: torch.tensor(kept) for name, kept in decided_by_main_rank(decide).items()}
-        if selection:
-            trainer.edit_structure([graph.shrink(selection)])
+    def _start_from(self, model: nn.Module, example: Any, graph: ChannelGraph) -> None:
+        cost = count(model, example)
+        self.start = {limit.metric: float(cost.get(limit.metric)) for limit in self.budget.limits}
+        self.bounds = {limit.metric: float(limit.value) for limit in self.budget.resolve(cost).limits}
+        self.minimum = {group.name: math.ceil(self.min_fraction * group.size) for group in graph.groups}
 
     def _limits(self, share: float) -> list[Limit]:
         limits = []
@@ -156,6 +159,7 @@ class GradualPruning(Method):
         return limits
 
 
-def _one_image(example: Any) -> Any:
+def one_image(example: Any) -> Any:
+    """Return the first image of a trainer's example."""
     images = example[0] if isinstance(example, tuple | list) else example
     return images[:1]

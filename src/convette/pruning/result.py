@@ -16,7 +16,7 @@ class StepRecord:
 
     `cost` is counted, not predicted (its latency is filled only where it was measured). Accuracies are shares on the
     validation split, None without data; `accuracy_before_recovery` is after the cut and the recalibration of batch
-    norm. `units`: removable units left. `seconds`: of this step, measuring included.
+    norm. `units`: removable units left. `seconds`: of this step, measuring included. `blocks`: left out at this step.
     """
 
     step: int
@@ -26,15 +26,18 @@ class StepRecord:
     accuracy_before_recovery: float | None = None
     accuracy: float | None = None
     seconds: float = 0.0
+    blocks: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; `from_json` reads them back."""
-        return {**{key: getattr(self, key) for key in self.__dataclass_fields__}, "cost": self.cost.to_json()}
+        values = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        return {**values, "cost": self.cost.to_json(), "blocks": list(self.blocks)}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "StepRecord":
         """Read back what `to_json` wrote."""
-        return StepRecord(**{**value, "cost": Cost.from_json(value["cost"])})
+        blocks = tuple(value.get("blocks", ()))
+        return StepRecord(**{**value, "cost": Cost.from_json(value["cost"]), "blocks": blocks})
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class PruneResult:
     def removed(self) -> dict[str, tuple[int, int]]:
         """The layers that became narrower: channels before and after, by module name."""
         return {layer: width for layer, width in self.widths.items() if width[0] != width[1]}
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks that were left out, by module name."""
+        return tuple(name for step in self.steps for name in step.blocks)
 
     @property
     def met(self) -> bool:

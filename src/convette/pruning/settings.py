@@ -4,12 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from convette.errors import UsageError
+from convette.errors import UsageError, did_you_mean
 from convette.pruning.allocation import ONLY_COUNTED, find_allocation
 from convette.pruning.criteria import check_options
 from convette.surgery import WidthConstraints
 
 OptionValue = str | int | float | bool
+CHOICES = {
+    "predictor": ("macs", "latency_table"),
+    "schedule": ("iterative", "gradual", "growing", "soft"),
+    "distil_from": ("logits", "features", "in_place"),
+}
 
 
 @dataclass(frozen=True)
@@ -18,11 +23,18 @@ class PruneSettings:
 
     - `criterion`, `criterion_options`: what a unit is worth (a name in `CRITERIA`, and that function's own options).
     - `allocation`: where the budget is spent (a name in `ALLOCATIONS`).
-    - `steps`: the cost falls in this many steps, each by the same factor; scores are taken anew at each.
+    - `schedule`: "iterative" cuts and recovers in `steps`; "gradual", "growing" and "soft" prune in one training of all
+      `epochs`: by many small cuts (`GradualPruning`), by a growing decay of what is cut later
+      (`GrowingRegularization`), by masks that units may come back from (`SoftPruning`).
+    - `steps`: the cost falls in this many steps, each by the same factor; scores are taken anew at each. 1: one shot.
+    - `blocks`: this share of the blocks that can be left out (input and output alike) may go before the first cut: as
+      many as the budget cannot do without, and, with data, as many as leave the lower loss at the budget.
     - `epochs`: recovery by training, over the whole run: every step gets ``epochs // steps``, the last the rest as
-      well.
-    - `distil`: the unpruned network teaches during recovery. `recalibrate`: batch-norm statistics are taken anew on
-      training images after each cut.
+      well. 0: none.
+    - `redistribute`: before each cut the weights that stay take over, by least squares on the calibration images, what
+      those that go did. `recalibrate`: batch-norm statistics are taken anew on training images after each cut.
+    - `distil`: the unpruned network teaches during recovery; `distil_from`: by its "logits", by its "features" at the
+      end of each stage as well, or "in_place", going on to learn itself.
     - `constraints`: what every cut keeps to, in a line: ``"multiple_of=8, minimum=16, whole_heads, keep stem*"``
       (`convette.surgery.WidthConstraints`).
     - `multiple_of`: channels stay in multiples of this. `min_fraction`: this share of every group's units stays at
@@ -42,9 +54,13 @@ class PruneSettings:
     criterion: str = "l1"
     criterion_options: Mapping[str, OptionValue] = field(default_factory=dict)
     allocation: str = "global"
+    schedule: Literal["iterative", "gradual", "growing", "soft"] = "iterative"
     steps: int = 5
+    blocks: float | int = 0.0
     epochs: int = 3
+    redistribute: bool = False
     distil: bool = True
+    distil_from: Literal["logits", "features", "in_place"] = "logits"
     recalibrate: bool = True
     constraints: str = ""
     multiple_of: int = 1
@@ -57,8 +73,14 @@ class PruneSettings:
     def __post_init__(self) -> None:
         check_options(self.criterion, self.criterion_options)
         find_allocation(self.allocation)
-        if self.predictor not in ("macs", "latency_table"):
-            raise UsageError(f"prune.predictor = {self.predictor!r}: macs or latency_table is needed.")
+        for name, offered in CHOICES.items():
+            chosen = getattr(self, name)
+            if chosen not in offered:
+                raise UsageError(f"prune.{name} = {chosen!r} is unknown.{did_you_mean(str(chosen), offered)}")
+        if self.schedule != "iterative" and not self.epochs:
+            raise UsageError(f"prune.schedule = {self.schedule!r} prunes while training: prune.epochs = 0 leaves none.")
+        if self.schedule != "iterative" and self.predictor != "macs":
+            raise UsageError(f"prune.schedule = {self.schedule!r} counts, it does not predict: use predictor = 'macs'.")
         if self.predictor == "latency_table" and self.allocation in ONLY_COUNTED:
             raise UsageError(
                 f"prune.allocation = {self.allocation!r} needs a cost it can count; with a latency table use opti_cut."
@@ -72,8 +94,15 @@ class PruneSettings:
             raise UsageError(f"prune.constraints = {self.constraints!r}: {error}") from error
         if not 0 <= self.min_fraction <= 1:
             raise UsageError(f"prune.min_fraction = {self.min_fraction}: a share between 0 and 1 is needed.")
+        if not 0 <= self.blocks <= 1:
+            raise UsageError(f"prune.blocks = {self.blocks}: a share between 0 and 1 is needed.")
         if not 0 <= self.latency_margin < 0.5:
             raise UsageError(f"prune.latency_margin = {self.latency_margin}: a share between 0 and 0.5 is needed.")
+
+    @property
+    def cuts(self) -> int:
+        """How many steps of cutting and recovering a run has: `steps`, or one where pruning is in the training."""
+        return self.steps if self.schedule == "iterative" else 1
 
     @property
     def least_share(self) -> float:
@@ -83,5 +112,7 @@ class PruneSettings:
 
     def epochs_of(self, step: int) -> int:
         """Return the recovery epochs of `step` (1-based); the network at its final size gets the remainder."""
+        if self.schedule != "iterative":
+            return self.epochs
         share, rest = divmod(self.epochs, self.steps)
         return share + rest if step == self.steps else share

@@ -1,0 +1,76 @@
+"""Leaving blocks out: in which order they are missed least, and how many may go."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convette.surgery import Remove, apply, removable
+
+
+def allowance(network: nn.Module, example: Any, share: float | int) -> int:
+    """Return how many blocks of `network` may go: `share` of those that can be left out, rounded down."""
+    return int(share * len(removable(network, example)) + 1e-9)
+
+
+def without_blocks(network: nn.Module, blocks: Sequence[str]) -> nn.Module:
+    """Return a copy of `network` without `blocks`; the network itself where there are none."""
+    return drop_blocks(copy.deepcopy(network), blocks) if blocks else network
+
+
+def drop_blocks(network: nn.Module, blocks: Sequence[str]) -> nn.Module:
+    """Leave `blocks` out of `network`, in place, logged as `Remove` edits."""
+    for name in blocks:
+        apply(network, Remove(name))
+    return network
+
+
+def least_missed(
+    network: nn.Module, example: Any, count: int, loss: Callable[[nn.Module], float] | None = None
+) -> tuple[str, ...]:
+    """Return up to `count` blocks, the one that is missed least first, each chosen with those before it gone.
+
+    `loss` says how bad a network is on calibration data. Without it a block counts by how little it changes what it
+    reads on the example: ``|F(x) - x| / |x|``. Costs one call of `loss` (or one run) a block and choice.
+    """
+    chosen: list[str] = []
+    for _ in range(count):
+        here = without_blocks(network, chosen)
+        names = [name for name in removable(here, example) if name not in chosen]
+        if not names:
+            break
+        if loss is None:
+            price = _changes(here, example, names)
+        else:
+            price = {name: loss(without_blocks(here, [name])) for name in names}
+        chosen.append(min(names, key=lambda name: price[name]))
+    return tuple(chosen)
+
+
+@torch.no_grad()
+def _changes(network: nn.Module, example: Any, names: Sequence[str]) -> dict[str, float]:
+    modules, found = dict(network.named_modules()), dict.fromkeys(names, float("inf"))
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor) and inputs and inputs[0].shape == output.shape:
+                x, y = inputs[0].float(), output.float()
+                found[name] = float((y - x).norm() / x.norm().clamp_min(1e-12))
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(watch(name)) for name in names]
+    training = network.training
+    try:
+        network.eval()
+        if isinstance(example, Mapping):
+            network(**example)
+        else:
+            network(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        network.train(training)
+        for handle in handles:
+            handle.remove()
+    return found
