@@ -16,10 +16,12 @@ from convette.pruning.criteria.activation_mean import activation_mean
 from convette.pruning.criteria.activation_rank import activation_rank
 from convette.pruning.criteria.apoz import apoz
 from convette.pruning.criteria.bn_scale import bn_scale
+from convette.pruning.criteria.channel_utility import channel_utility
 from convette.pruning.criteria.discriminant_information import discriminant_information
 from convette.pruning.criteria.feature_map_information import feature_map_information
 from convette.pruning.criteria.fisher import fisher
 from convette.pruning.criteria.geometric_median import geometric_median
+from convette.pruning.criteria.grad_change import grad_change
 from convette.pruning.criteria.group_norm import group_norm
 from convette.pruning.criteria.hessian_trace import hessian_trace
 from convette.pruning.criteria.lamp import lamp
@@ -37,12 +39,14 @@ __all__ = [
     "activation_rank",
     "apoz",
     "bn_scale",
+    "channel_utility",
     "check_options",
     "discriminant_information",
     "feature_map_information",
     "find_criterion",
     "fisher",
     "geometric_median",
+    "grad_change",
     "group_norm",
     "hessian_trace",
     "l1",
@@ -62,10 +66,12 @@ CRITERIA: dict[str, str] = {
     "activation_rank": f"{_HERE}.activation_rank:activation_rank",
     "apoz": f"{_HERE}.apoz:apoz",
     "bn_scale": f"{_HERE}.bn_scale:bn_scale",
+    "channel_utility": f"{_HERE}.channel_utility:channel_utility",
     "discriminant_information": f"{_HERE}.discriminant_information:discriminant_information",
     "feature_map_information": f"{_HERE}.feature_map_information:feature_map_information",
     "fisher": f"{_HERE}.fisher:fisher",
     "geometric_median": f"{_HERE}.geometric_median:geometric_median",
+    "grad_change": f"{_HERE}.grad_change:grad_change",
     "group_norm": f"{_HERE}.group_norm:group_norm",
     "hessian_trace": f"{_HERE}.hessian_trace:hessian_trace",
     "information_gain": "convette.pruning.hardware_aware_filter_pruning:information_gain",
@@ -83,9 +89,11 @@ NEED_DATA = frozenset(
         "activation_mean",
         "activation_rank",
         "apoz",
+        "channel_utility",
         "discriminant_information",
         "feature_map_information",
         "fisher",
+        "grad_change",
         "hessian_trace",
         "information_gain",
         "linear_redundancy",

@@ -3,10 +3,18 @@
 A recipe names them by slug or class: ``[[method]] name = "hierarchical-group-sparsity"``.
 """
 
+from convette.pruning.methods.dynamic_channel_propagation import DynamicChannelPropagation
 from convette.pruning.methods.hierarchical_group_sparsity import (
     HierarchicalGroupSparsity,
     hierarchical_group_penalty,
     silent_columns,
 )
+from convette.pruning.methods.progressive_gradient_pruning import ProgressiveGradientPruning
 
-__all__ = ["HierarchicalGroupSparsity", "hierarchical_group_penalty", "silent_columns"]
+__all__ = [
+    "DynamicChannelPropagation",
+    "HierarchicalGroupSparsity",
+    "ProgressiveGradientPruning",
+    "hierarchical_group_penalty",
+    "silent_columns",
+]

@@ -1,0 +1,254 @@
+"""Pruning in one training: progressive gradient pruning and dynamic channel propagation."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from convette.cost import WidthCost, count
+from convette.data import load_data
+from convette.errors import BudgetError, UsageError
+from convette.pruning import channel_utility, grad_change
+from convette.pruning.criteria._observing import find_readers, sample_saliencies
+from convette.pruning.methods import DynamicChannelPropagation, ProgressiveGradientPruning
+from convette.pruning.methods.dynamic_channel_propagation import Gatekeeper, open_units
+from convette.surgery import apply, structure_log, trace
+from convette.training import Event, Method, TrainSettings, train
+
+QUICK = TrainSettings(epochs=4, batch_size=128, learning_rate=0.05, augmentation=(), precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits")
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 10, 3, padding=1, bias=False),
+        nn.BatchNorm2d(10),
+        nn.ReLU(),
+        nn.Conv2d(10, 12, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12 * 16, 10),
+    )
+
+
+class Watch(Method):
+    """Notes sizes after each epoch, and whether momenta fit."""
+
+    name = "watch"
+    order = 100
+    events = frozenset({Event.STRUCTURE_CHANGED, Event.EPOCH_START})
+
+    def __init__(self):
+        self.sizes, self.fits, self.zeros = [], [], []
+
+    def apply(self, event, trainer):
+        model = trainer.state.model
+        states = trainer.state.optimizers["main"].state
+        self.fits += [states[p]["momentum_buffer"].shape == p.shape for p in model.parameters() if p in states]
+        self.sizes.append((model[0].out_channels, model[3].out_channels))
+        if event is Event.EPOCH_START:
+            rows = model[0].weight.detach().flatten(1).abs().amax(1)
+            moved = states[model[0].weight]["momentum_buffer"].flatten(1).abs().amax(1) if states else rows
+            self.zeros.append((int((rows == 0).sum()), int((moved[rows == 0] == 0).sum())))
+
+
+def curve(size: int, rate: float, epochs: int) -> list[int]:
+    kept = [math.ceil(size * (1 - rate) ** (e / epochs) - 1e-9) for e in range(1, epochs)]
+    return [*kept, size - math.floor(size * rate)]
+
+
+@pytest.mark.parametrize("mode", ["per_batch", "accumulate"])
+@pytest.mark.parametrize("remove", [0.0, 0.5, 1.0])
+def test_it_ends_where_the_rate_says_whatever_is_hard_or_soft(digits, mode, remove):
+    method, watch = ProgressiveGradientPruning(0.5, epochs=3, remove=remove, mode=mode, passes=2), Watch()
+    model = train(net(), digits, QUICK, methods=(method, watch), device="cpu").model
+    assert (model[0].out_channels, model[3].out_channels) == (5, 6)
+    assert model[6].in_features == 6 * 16 and all(watch.fits)
+    assert watch.sizes == sorted(watch.sizes, reverse=True)
+    # At the start of epochs 2 and 3 (one and two prunings done): cut, or reset to zero with their momentum.
+    starts = [size for size, before in zip(watch.sizes[1:], watch.sizes, strict=False) if size != before]
+    weak = 10 - curve(10, 0.5, 3)[0]
+    assert watch.zeros[1] == ((weak - math.floor(remove * weak),) * 2)
+    assert len(starts) == (1 if remove == 0 else 3)
+    if remove == 1:
+        assert [size[0] for size in starts] == curve(10, 0.5, 3)
+
+
+def test_a_budget_is_met_by_the_smallest_rate(digits):
+    example = digits.preprocessing(digits.train.images([0]))
+    start = count(net(), example).macs
+    method = ProgressiveGradientPruning(budget="macs<=40%", epochs=2)
+    model = train(net(), digits, QUICK, methods=(method,), device="cpu").model
+    assert count(model, example).macs <= 0.4 * start and structure_log(model).edits
+    less = ProgressiveGradientPruning(method.rate - 1 / 256)
+    less.epochs = 2
+    graph = trace(net(), example)
+    kept = {group.name: torch.arange(less.allowed(group.size, 2)) for group in graph}
+    assert WidthCost(net(), example, graph).macs(kept) > 0.4 * start
+    with pytest.raises(BudgetError, match="no share"):
+        train(net(), digits, QUICK, methods=(ProgressiveGradientPruning(budget="macs<=0.01%"),), device="cpu")
+
+
+def test_a_filter_that_starts_again_gets_gradients(digits):
+    class Revived(Method):
+        name = "revived"
+        events = frozenset({Event.GRADIENTS_READY})
+
+        def __init__(self):
+            self.moved = []
+
+        def apply(self, event, trainer):
+            weight = trainer.state.model[0].weight
+            zero = weight.detach().flatten(1).abs().amax(1) == 0
+            if zero.any():
+                self.moved.append(bool((weight.grad.flatten(1)[zero].abs().amax(1) > 0).all()))
+
+    revived = Revived()
+    train(net(), digits, QUICK, methods=(ProgressiveGradientPruning(epochs=3, remove=0.0), revived), device="cpu")
+    assert revived.moved and all(revived.moved)
+
+
+def test_gradients_summed_and_gradients_by_batch(network, graph, batches):
+    summed = grad_change(network, graph, batches, normalise="none")
+    apart = grad_change(network, graph, batches, mode="per_batch", normalise="none")
+    assert all((apart[name] >= summed[name] - 1e-6).all() for name in summed)
+    network.zero_grad()
+    total = sum(F.cross_entropy(network(x), y) for x, y in batches)
+    total.backward()
+    assert torch.allclose(summed["inner"], network.inner.weight.grad.abs().sum((1, 2, 3)), rtol=1e-4)
+    backwards = grad_change(network, graph, batches[::-1], normalise="none")
+    assert all(torch.allclose(backwards[name], summed[name], rtol=1e-3, atol=1e-6) for name in summed)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ProgressiveGradientPruning(epochs=3),
+        lambda: DynamicChannelPropagation(0.4, explore=0.0),
+    ],
+)
+def test_a_stopped_training_goes_on_to_the_same_bits(digits, tmp_path, make):
+    class Stop(Method):
+        name = "stop"
+        events = frozenset({Event.EPOCH_START})
+
+        def apply(self, event, trainer):
+            if trainer.state.clock.epoch == 2:
+                raise KeyboardInterrupt
+
+    whole = train(net(), digits, QUICK, methods=(make(),), device="cpu").model
+    with pytest.raises(KeyboardInterrupt):
+        train(net(), digits, QUICK, methods=(make(), Stop()), device="cpu", checkpoint_dir=tmp_path)
+    resumed = train(net(), digits, QUICK, methods=(make(),), device="cpu", checkpoint_dir=tmp_path).model
+    assert whole[0].out_channels < 10 or whole[3].out_channels < 12
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
+# -- dynamic channel propagation ----------------------------------------------------------------------------------
+
+
+def test_what_is_open_is_exactly_the_complement_of_the_rate():
+    utility = {"a": torch.tensor([0.1, 0.2, 0.3, 0.4]), "b": torch.tensor([0.0, 0.0, 0.0])}
+    assert all(flags.all() for flags in open_units(utility, 0.0).values())
+    found = open_units(utility, 0.5)
+    assert sum(int((~flags).sum()) for flags in found.values()) == round(0.5 * 7)
+    assert found["b"].sum() == 1 and found["a"].tolist() == [False, False, True, True]
+    assert min(flags.sum() for flags in open_units(utility, 0.99, at_least=2).values()) == 2
+
+
+def test_a_closed_gate_is_a_removed_unit_and_its_maker_gets_no_gradient(network, graph, batches):
+    readers = {name: found for name, found in find_readers(network, graph).items() if name in ("inner", "stem")}
+    flags = {name: torch.arange(graph[name].size) % 3 > 0 for name in readers}
+    gates = Gatekeeper(network, readers, flags)
+    F.cross_entropy(network(batches[0][0]), batches[0][1]).backward()
+    shut = ~flags["inner"]
+    assert (network.inner.weight.grad[shut] == 0).all() and (network.inner_norm.weight.grad[shut] == 0).all()
+    assert (network.inner.weight.grad[~shut] != 0).any()
+    assert gates.take() == {}, "nothing is gathered in evaluation mode"
+    network.train()
+    F.cross_entropy(network(batches[0][0]), batches[0][1]).backward()
+    worth = gates.take()
+    assert (worth["inner"][shut] == 0).all() and (worth["inner"][~shut] > 0).any()
+    network.eval()
+    closed = network(batches[0][0])
+    gates.close()
+    apply(network, graph.shrink({name: flag.nonzero().flatten() for name, flag in flags.items()}))
+    assert torch.allclose(network(batches[0][0]), closed, atol=1e-5)
+
+
+def test_utilities_fade_for_the_open_and_rest_for_the_closed():
+    method = DynamicChannelPropagation(0.4, decay=0.6)
+    assert [method.decay_at(share) for share in (0.0, 0.5, 0.8, 0.95, 1.0)] == pytest.approx([0.6, 0.7, 0.8, 1, 1])
+    method.utility, method.open = {"a": torch.tensor([0.0, 0.5])}, {"a": torch.tensor([True, False])}
+
+    class Steady:
+        def take(self):
+            return {"a": torch.tensor([2.0, 0.0])}
+
+    method._gates = Steady()
+    for n in range(1, 6):
+        method._remember(0.6)
+        assert method.utility["a"].tolist() == pytest.approx([(1 - 0.6**n) / 0.4, 0.5])
+
+
+@pytest.mark.parametrize("options", [{"rate": 0.4}, {"budget": "macs<=50%"}, {"rate": 0.5, "every": 5}])
+def test_training_ends_with_the_closed_channels_gone_and_the_same_outputs(digits, options):
+    class Before(Method):
+        """Keeps the closed network as it is before the cut."""
+
+        name = "before"
+        order = -200  # after it at the ends
+        events = frozenset({Event.EVALUATION_END})
+
+        def apply(self, event, trainer):
+            self.accuracy = None
+            images = digits.preprocessing(digits.validation.images(slice(0, 50)))
+            trainer.state.model.eval()
+            with torch.no_grad():
+                self.outputs = trainer.state.model(images)
+            trainer.state.model.train()
+
+    start, before = net(), Before()
+    method = DynamicChannelPropagation(groups="all", explore=0.1, **options)
+    model = train(copy.deepcopy(start), digits, QUICK, methods=(method, before), device="cpu").model.eval()
+    example = digits.preprocessing(digits.train.images([0]))
+    units = model[0].out_channels + model[3].out_channels
+    if "budget" in options:
+        assert count(model, example).macs <= 0.5 * count(start, example).macs
+    else:
+        assert units == 22 - round(options["rate"] * 22)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    if options.get("every", 1) == 1:
+        images = digits.preprocessing(digits.validation.images(slice(0, 50)))
+        with torch.no_grad():
+            agreement = (model(images).argmax(1) == before.outputs.argmax(1)).float().mean()
+        assert agreement > 0.9
+
+
+def test_channel_utility_does_not_cancel_over_images(network, graph, batches):
+    scores = channel_utility(network, graph, batches, normalise="none")
+    rows = list(sample_saliencies(network, graph, batches, F.cross_entropy, "test"))
+    for name, score in scores.items():
+        assert torch.allclose(score, torch.cat([found[name] for found in rows]).abs().mean(0), rtol=1e-4)
+    assert all(float(score.max()) == pytest.approx(1) for score in channel_utility(network, graph, batches).values())
+
+
+def test_what_cannot_be_asked_for_is_named(digits):
+    with pytest.raises(UsageError, match="mode='perbatch'"):
+        ProgressiveGradientPruning(mode="perbatch")
+    with pytest.raises(UsageError, match="rate=1"):
+        ProgressiveGradientPruning(1.0)
+    with pytest.raises(UsageError, match="epochs=9, but the training has 4"):
+        train(net(), digits, QUICK, methods=(ProgressiveGradientPruning(epochs=9),), device="cpu")
+    with pytest.raises(UsageError, match="decay=2"):
+        DynamicChannelPropagation(decay=2)
+    with pytest.raises(UsageError, match="groups='some'"):
+        DynamicChannelPropagation(groups="some")
