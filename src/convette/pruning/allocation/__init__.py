@@ -33,6 +33,7 @@ ALLOCATIONS: dict[str, str] = {
     "global": "convette.pruning.allocation.global_ranking:global_ranking",
     "opti_cut": "convette.pruning.hardware_aware_filter_pruning:opti_cut",
     "per_layer": "convette.pruning.allocation.per_layer:per_layer",
+    "precropping": "convette.pruning.precropping:precropping",
     "uniform": "convette.pruning.allocation.uniform:uniform",
 }
 NEED_DATA = frozenset({"per_layer"})
