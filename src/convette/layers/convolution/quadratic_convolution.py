@@ -52,8 +52,9 @@ class QuadraticConv2d(nn.Module):
 
     Warns `WideFormWarning` for a full form with m + 1 over 150.
 
-    Cost: full, m² + m multiply-accumulates a filter and position (the products with the patch; (m + 1)(m + 2) / 2 with
-    the symmetry used), low rank m (R + 1) + R. Folding: a batch norm behind it goes in exactly (`absorb`); a quadratic
+    Cost: full, m² + m multiply-accumulates a filter and position, and m element-wise products; low rank m (R + 1) + R.
+    In training the full form keeps m values a filter and position (parts of it are computed again where that is much).
+    Folding: a batch norm behind it goes in exactly (`absorb`); a quadratic
     form is no plain layer, so it stays. `symmetrized` and `to_low_rank` give the same function in other forms.
 
     Source: CQNN: Convolutional Quadratic Neural Networks, Mantini and Shah, ICPR 2020,
@@ -330,7 +331,7 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 def _forms(patches: Tensor, form: Tensor, row: Tensor) -> Tensor:
     """Return ``(Q v + b) v`` for patches (n, m, positions): (n, out, positions)."""
     products = torch.einsum("oij,njp->noip", form, patches) + row[..., None]
-    return torch.einsum("noip,nip->nop", products, patches)
+    return (products * patches[:, None]).sum(2)
 
 
 def to_quadratic(
