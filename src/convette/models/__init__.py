@@ -13,6 +13,7 @@ from convette.models.mobilenet_v2 import (
     mobilenet_v2,
     ssdlite_mobilenet_v2,
 )
+from convette.models.poincare_resnet import poincare_resnet
 from convette.models.simplenet import (
     SimpleNet,
     simplenet_5m,
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "load_weights",
     "mobilenet_v2",
+    "poincare_resnet",
     "resnet8",
     "resnet20",
     "resnet32",

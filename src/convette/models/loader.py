@@ -34,6 +34,7 @@ CONSTRUCTORS: dict[str, str] = {
     "mobilenet_v2": "mobilenet_v2",
     "ssdlite_mobilenet_v2": "mobilenet_v2",
     "deeplabv3_mobilenet_v2": "mobilenet_v2",
+    "poincare_resnet": "poincare_resnet",
 }
 _MODES = ("m1", "m2", "m3", "m4")
 # Name of a model -> its constructor and the arguments the name stands for. Published variants have names of their own.
@@ -50,6 +51,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         f"mobilenet_v2_{percent:03d}": ("mobilenet_v2", {"width": percent / 100})
         for percent in (35, 50, 75, 100, 130, 140)
     },
+    # Depth and, where it is not 8, the width of the first group.
+    **{f"poincare_resnet{depth}": ("poincare_resnet", {"depth": depth}) for depth in (8, 20, 32)},
+    **{f"poincare_resnet{depth}_16": ("poincare_resnet", {"depth": depth, "width": 16}) for depth in (20, 32)},
+    "poincare_resnet8_4": ("poincare_resnet", {"depth": 8, "width": 4}),
 }
 
 

@@ -31,8 +31,8 @@ READS = _words(
 _ELEMENTWISE = _words(
     """
     abs absolute neg negative positive exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square pow sin cos tan
-    asin acos atan sinh cosh tanh arctan sigmoid logit erf erfc erfinv relu relu6 leaky_relu elu selu celu gelu
-    silu mish hardswish hardsigmoid hardtanh softplus softsign threshold logsigmoid hardshrink softshrink
+    asin acos atan sinh cosh tanh arctan asinh acosh atanh sigmoid logit erf erfc erfinv relu relu6 leaky_relu elu
+    selu celu gelu silu mish hardswish hardsigmoid hardtanh softplus softsign threshold logsigmoid hardshrink softshrink
     tanhshrink rrelu clamp clamp_min clamp_max clip round floor ceil trunc frac sign sgn reciprocal add sub
     subtract mul multiply div divide true_divide floor_divide remainder fmod rsub addcmul addcdiv lerp where
     masked_fill maximum minimum fmax fmin atan2 eq ne lt le gt ge greater less logical_and logical_or

@@ -1,0 +1,108 @@
+"""The Poincaré ResNet as a whole network."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from convette.errors import UsageError
+from convette.layers.hyperbolic.poincare_resnet import (
+    PoincareAdd,
+    PoincareBatchNorm2d,
+    PoincareConv2d,
+    PoincareLinear,
+)
+
+
+class PoincareBlock(nn.Module):
+    """conv - norm - ReLU - conv - norm, Möbius sum with the shortcut, ReLU; all on one ball.
+
+    The shortcut is a hyperbolic 1x1 convolution where the shape changes. Tangents in, tangents out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        *,
+        c: float = 0.1,
+        init: str = "dirac",
+        order: str = "fr",
+    ) -> None:
+        super().__init__()
+        self.conv1 = PoincareConv2d(in_channels, channels, 3, stride, 1, c=c, init=init)
+        self.norm1 = PoincareBatchNorm2d(channels, c=c)
+        self.conv2 = PoincareConv2d(channels, channels, 3, 1, 1, c=c, init=init)
+        self.norm2 = PoincareBatchNorm2d(channels, c=c)
+        same = stride == 1 and in_channels == channels
+        self.shortcut = nn.Identity() if same else PoincareConv2d(in_channels, channels, 1, stride, c=c, init=init)
+        self.add = PoincareAdd(c, order)
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k rows columns"]:
+        y = functional.relu(self.norm1(self.conv1(x)))
+        return functional.relu(self.add(self.norm2(self.conv2(y)), self.shortcut(x)))
+
+
+class PoincareResNet(nn.Module):
+    """Poincaré ResNet of depth 6n + 2: stem, three groups of n blocks, mean of the tangents, hyperbolic logits.
+
+    Args:
+        depth: 8, 14, 20, 26, 32 ...
+        widths: channels of the three groups; the second and third halve the resolution.
+        num_classes: outputs.
+        in_channels: channels of the images, which are read as tangents (normalise them to about -1..1).
+        c: minus the curvature, fixed.
+        init: see `PoincareConv2d`.
+        order: of the shortcuts' sums, see `PoincareAdd`.
+
+    Raises:
+        UsageError: another depth.
+
+    Parameters, 3 channels, 10 classes: 8-16-32 68,757 at depth 20 and 117,601 at 32; 16-32-64 272,397; 4-8-16 17,529.
+    All parameters are Euclidean (tangents, offsets), so that plain Adam is Riemannian Adam: 1e-3, weight decay 1e-4,
+    batch 128. Source: van Spengler et al. 2023, arXiv 2303.14027.
+    """
+
+    def __init__(
+        self,
+        depth: int = 20,
+        widths: tuple[int, int, int] = (8, 16, 32),
+        num_classes: int = 10,
+        in_channels: int = 3,
+        *,
+        c: float = 0.1,
+        init: str = "dirac",
+        order: str = "fr",
+    ) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise UsageError(f"depth {depth}: a Poincaré ResNet has depth 6n + 2 (8, 14, 20, 26, 32, ...).")
+        self.conv1 = PoincareConv2d(in_channels, widths[0], 3, 1, 1, c=c, init=init)
+        self.norm1 = PoincareBatchNorm2d(widths[0], c=c)
+        groups = []
+        for number, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+            blocks = [PoincareBlock(before, width, 1 if number == 0 else 2, c=c, init=init, order=order)]
+            for _ in range((depth - 2) // 6 - 1):
+                blocks.append(PoincareBlock(width, width, c=c, init=init, order=order))
+            groups.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = groups
+        self.linear = PoincareLinear(widths[-1], num_classes, c=c, init=init)
+
+    def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
+        x = functional.relu(self.norm1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(torch.flatten(functional.adaptive_avg_pool2d(x, 1), 1))
+
+
+def poincare_resnet(
+    depth: int = 20,
+    widths: tuple[int, int, int] = (8, 16, 32),
+    num_classes: int = 10,
+    in_channels: int = 3,
+    *,
+    c: float = 0.1,
+    init: str = "dirac",
+) -> PoincareResNet:
+    """Return a Poincaré ResNet (arXiv 2303.14027); see `PoincareResNet`."""
+    return PoincareResNet(depth, widths, num_classes, in_channels, c=c, init=init)
