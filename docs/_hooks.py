@@ -1,4 +1,4 @@
-"""What mkdocs fills in while building: the table of systems, and each system's card and evidence."""
+"""What mkdocs fills in while building: the table of systems, and each system's card, price and evidence."""
 
 import json
 import re
@@ -7,12 +7,14 @@ from pathlib import Path
 from convette._catalogue import System, catalogue
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/evidence/results"
+PRICES = Path(__file__).parent.parent / "benchmarks/results/layers.json"
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
-    """Replace `<!-- systems -->`, `<!-- card: slug -->` and `<!-- evidence: slug -->` by what they stand for."""
+    """Replace `<!-- systems -->` and `<!-- card: slug -->`, `price` and `evidence` by what they stand for."""
     markdown = markdown.replace("<!-- systems -->", _systems_table())
     markdown = re.sub(r"<!-- card: ([\w-]+) -->", lambda found: _card(_find(found[1])), markdown)
+    markdown = re.sub(r"<!-- price: ([\w-]+) -->", lambda found: _price(found[1]), markdown)
     return re.sub(r"<!-- evidence: ([\w-]+) -->", lambda found: _evidence(_find(found[1])), markdown)
 
 
@@ -49,3 +51,27 @@ def _evidence(system: System) -> str:
     machine, versions = result["machine"], result["versions"]
     lines += ["", f"Command: `{result['command']}`, {result['seconds']:.0f} s on {machine}; {versions}."]
     return "\n".join(lines)
+
+
+def _price(slug: str) -> str:
+    """What a layer costs beside what it replaces, from benchmarks/layers.py."""
+    found = json.loads(PRICES.read_text())["systems"].get(slug) if PRICES.exists() else None
+    if found is None:
+        return "Not measured yet."
+    columns = ["", "in the place of", "parameters", "MACs", "training step", "inference, folded"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for case in found["cases"]:
+        counts = [f"{case[key][1]:,} ({case[key][0]:,})" for key in ("parameters", "macs")]
+        times = [
+            f"{one['ratio']:.2f} times ({one['milliseconds'][1]:.1f} ms)"
+            for one in (case["training_step"], case["inference"])
+        ]
+        lines.append("| " + " | ".join([case["method"], case["baseline"], *counts, *times]) + " |")
+    rounds, machine, versions = found["rounds"], found["machine"], found["versions"]
+    lines += ["", "In brackets what is replaced has, and the milliseconds; inputs " + _inputs(found["cases"]) + "."]
+    lines += [f"CPU time of one thread, medians over {rounds} turns. `{found['command']}` on {machine}; {versions}."]
+    return "\n".join(lines)
+
+
+def _inputs(cases: list[dict]) -> str:
+    return " and ".join(dict.fromkeys(" × ".join(map(str, case["input"])) for case in cases))

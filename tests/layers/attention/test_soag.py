@@ -71,6 +71,43 @@ def test_gates_follow_the_covariance_where_means_are_equal():
         assert float((layer.gate(together) - layer.gate(apart)).abs().max()) > 1e-3
 
 
+class SqueezeExcitation(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.gate = nn.Sequential(
+            nn.Flatten(), nn.Linear(channels, 16), nn.ReLU(), nn.Linear(16, channels), nn.Sigmoid()
+        )
+
+    def forward(self, x):
+        return x * self.gate(x.mean((2, 3)))[..., None, None]
+
+
+def test_textures_of_equal_means_are_told_apart_where_squeeze_and_excitation_cannot():
+    """Synthetic: 1 + noise, every channel centred; the classes differ in how channels correlate."""
+
+    def textures(count, generator):
+        labels = torch.arange(count) % 2
+        shared = torch.randn(count, 1, 8, 8, generator=generator)
+        signs = torch.where(labels.view(-1, 1, 1, 1) == 1, 1.0, torch.tensor([1.0, -1, 1, -1]).view(1, 4, 1, 1))
+        noise = shared * signs + 0.5 * torch.randn(count, 4, 8, 8, generator=generator)
+        return 1 + noise - noise.mean((2, 3), keepdim=True), labels
+
+    generator = torch.Generator().manual_seed(0)
+    (x, y), (test, wanted) = textures(256, generator), textures(256, generator)
+    scores = {}
+    for name in ("se", "soag"):
+        torch.manual_seed(1)
+        gate = SqueezeExcitation(4) if name == "se" else SoAG(4, 16)
+        model = nn.Sequential(gate, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        optimizer = torch.optim.Adam(model.parameters(), 0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        scores[name] = float((model.eval()(test).argmax(1) == wanted).float().mean())
+    assert scores["soag"] > 0.9 and abs(scores["se"] - 0.5) < 0.15, scores
+
+
 @pytest.mark.parametrize(("c", "filters", "expected"), [(16, 64, 4992), (64, 64, 12_672), (64, 512, 216_064)])
 def test_parameters(c, filters, expected):
     assert sum(p.numel() for p in SoAG(c, filters).parameters()) == expected
