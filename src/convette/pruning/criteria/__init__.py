@@ -30,6 +30,7 @@ from convette.pruning.criteria.loss_increase import loss_increase
 from convette.pruning.criteria.magnitude import l1, l2
 from convette.pruning.criteria.random import random
 from convette.pruning.criteria.second_order import second_order
+from convette.pruning.criteria.slimming_shortcut import importance_gates
 from convette.pruning.criteria.taylor import taylor
 from convette.surgery import ChannelGraph
 
@@ -49,6 +50,7 @@ __all__ = [
     "grad_change",
     "group_norm",
     "hessian_trace",
+    "importance_gates",
     "l1",
     "l2",
     "lamp",
@@ -74,6 +76,7 @@ CRITERIA: dict[str, str] = {
     "grad_change": f"{_HERE}.grad_change:grad_change",
     "group_norm": f"{_HERE}.group_norm:group_norm",
     "hessian_trace": f"{_HERE}.hessian_trace:hessian_trace",
+    "importance_gates": f"{_HERE}.slimming_shortcut:importance_gates",
     "information_gain": "convette.pruning.hardware_aware_filter_pruning:information_gain",
     "l1": f"{_HERE}.magnitude:l1",
     "l2": f"{_HERE}.magnitude:l2",
@@ -95,6 +98,7 @@ NEED_DATA = frozenset(
         "fisher",
         "grad_change",
         "hessian_trace",
+        "importance_gates",
         "information_gain",
         "linear_redundancy",
         "loss_increase",

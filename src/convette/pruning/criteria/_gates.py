@@ -14,8 +14,8 @@ from convette.surgery import ChannelGraph, Group, Member
 class Gates:
     """The network as a differentiable function of its units' gates, whatever stands between makers and readers.
 
-    Where nothing with a weight reads a group, its producers and affine parameters are multiplied instead. The model's
-    own parameters are not touched.
+    Where nothing with a weight reads a group, what scales it last is multiplied instead. The model's own parameters are
+    not touched.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
@@ -50,12 +50,13 @@ class Gates:
 
 
 def gated_members(group: Group, tensors: Mapping[str, Tensor]) -> list[Member]:
-    """Return the members whose zeroing takes the units of `group` out: the readers' weights, else all that makes it."""
+    """Return the members that scale the units of `group` when multiplied: the readers' weights; where nothing reads it,
+    scales and shifts of the norms behind its makers, or the makers themselves where there is no norm."""
     readers = [m for m in group.of("consumer") if tensors[m.parameter].is_floating_point()]
     if readers:
         return readers
-    makers = [*group.of("producer"), *group.of("affine")]
-    return [m for m in makers if tensors[m.parameter].is_floating_point() and not m.parameter.endswith("running_var")]
+    affine = [m for m in group.of("affine") if m.parameter.endswith((".weight", ".bias"))]
+    return [m for m in affine or group.of("producer") if tensors[m.parameter].is_floating_point()]
 
 
 def along(gate: Tensor, member: Member, like: Tensor) -> Tensor:
