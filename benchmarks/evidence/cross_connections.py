@@ -83,7 +83,8 @@ def main() -> None:
     apart = sum(item["routes apart"] for item in found[method]) / arguments.seeds
     summary = (
         f"Digits and clothes in one task of 20 classes, {arguments.seeds} seeds."
-        f" {told(found, method, 'two paths, independent', 'accuracy')} {told(found, method, 'one path, 23', 'accuracy')}"
+        f" {told(found, method, 'two paths, independent', 'accuracy')}"
+        f" {told(found, method, 'one path, 23', 'accuracy')}"
         f" Mean routes of digits and clothes differ by {apart:.2f} at most (expected above 0.05)."
     )
     settings = {"side": SIDE, "digits": DIGITS, "clothes": CLOTHES, "epochs": EPOCHS}

@@ -115,8 +115,8 @@ def main() -> None:
     mean = {name: sum(item["accuracy"] for item in runs) / seeds for name, runs in found.items()}
     held = mean["nothing"] < 0.4 and mean["higher-order block"] > 0.9
     summary = (
-        f"Direction of a marked digit among two, synthetic motion, {seeds} seeds; chance is 25 %. Expected nothing below"
-        f" 40 % and the block above 90 %: {'held' if held else 'not held'}."
+        f"Direction of a marked digit among two, synthetic motion, {seeds} seeds; chance is 25 %. Expected nothing"
+        f" below 40 % and the block above 90 %: {'held' if held else 'not held'}."
         f" {told(found, 'higher-order block', '3x3x3 convolution', 'accuracy')}"
     )
     settings = {"clips": CLIPS, "test": TEST, "epochs": EPOCHS, "channels": CHANNELS}
