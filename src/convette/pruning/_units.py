@@ -32,8 +32,11 @@ def sum_over_units(values: Tensor, member: Member) -> Tensor:
 def weight_members(group: Group, role: str, tensors: Mapping[str, Tensor]) -> list[Member]:
     """Return the members of `group` in `role` that are weights (two or more dimensions), else all in that role.
 
-    One-dimensional producers are biases: they say how much a unit is shifted, not how much it listens.
+    One-dimensional producers are biases: they say how much a unit is shifted, not how much it listens. Units that only
+    pick channels from an un-tied stream have no producers: what reads them stands in.
     """
+    made = any(member.role == "producer" for member in group.members)
+    role = "consumer" if role == "producer" and not made else role
     members = [member for member in group.members if member.role == role]
     weights = [member for member in members if tensors[member.parameter].ndim > 1]
     return weights or members

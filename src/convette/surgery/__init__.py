@@ -33,6 +33,8 @@ from convette.surgery._showing import group_line, units_svg, units_text
 from convette.surgery._stitch import Stitch, Stitched, build_stitched
 from convette.surgery._stitching import stitch
 from convette.surgery._trace import trace
+from convette.surgery._untie import Gather, Scatter, Site, Untie
+from convette.surgery._untying import untie
 from convette.surgery._what_stays import what_stays
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "FoldLayer",
     "FoldScale",
     "FrozenOperator",
+    "Gather",
     "Group",
     "Grow",
     "Header",
@@ -63,12 +66,15 @@ __all__ = [
     "Replacement",
     "Rewrite",
     "Scale",
+    "Scatter",
     "Selection",
     "Shrink",
+    "Site",
     "Stitch",
     "Stitched",
     "StructureChange",
     "StructureLog",
+    "Untie",
     "WidthConstraints",
     "ZeroGammaBlock",
     "apply",
@@ -105,5 +111,6 @@ __all__ = [
     "ungrow",
     "units_svg",
     "units_text",
+    "untie",
     "what_stays",
 ]

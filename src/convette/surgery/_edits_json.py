@@ -13,6 +13,7 @@ from convette.surgery._grow import Grow, Scale
 from convette.surgery._insert import Insert
 from convette.surgery._install import Install
 from convette.surgery._remove import Remove
+from convette.surgery._untie import Untie
 
 _KINDS = {
     Shrink.kind: Shrink.from_json,
@@ -29,6 +30,7 @@ _KINDS = {
     FoldLayer.kind: FoldLayer.from_json,
     Merge.kind: Merge.from_json,
     Reparameterize.kind: Reparameterize.from_json,
+    Untie.kind: Untie.from_json,
 }
 
 

@@ -6,8 +6,9 @@ from convette.surgery._graph import ChannelGraph
 
 def explain_channel(graph: ChannelGraph, module_name: str, index: int) -> str:
     """Return a text: the unit that output channel `index` of a module belongs to, what it owns, what ties it."""
-    rows = {slot.module: slot for slot in reversed(graph.slots()) if slot.role == "producer"}
-    owners = {slot.parameter.rpartition(".")[0]: slot for slot in reversed(graph.slots()) if slot.role == "producer"}
+    making = [slot for slot in reversed(graph.slots()) if slot.role in ("producer", "index")]
+    rows = {slot.module: slot for slot in making}
+    owners = {slot.parameter.rpartition(".")[0]: slot for slot in making}
     slot = owners.get(module_name) or rows.get(module_name)
     if slot is None:
         raise StructureError(f"no labelled layer is called {module_name!r}.{did_you_mean(module_name, owners)}")
@@ -18,13 +19,13 @@ def explain_channel(graph: ChannelGraph, module_name: str, index: int) -> str:
     ties = _ties(graph, root, slot.labels[index : index + 1])
     if root == 0:
         return "\n".join([f"{head} is fixed.", *ties])
+    verbs = {"producer": "made by", "consumer": "read by", "affine": "scaled by", "index": "placed by"}
     lines = []
     for member in graph.slots():
         own = (graph.roots[member.labels] == root).nonzero().view(-1).tolist()
         if own:
             shown = ", ".join(map(str, own[:8])) + (f", ... ({len(own)})" if len(own) > 8 else "")
-            verb = {"producer": "made by", "consumer": "read by", "affine": "scaled by"}[member.role]
-            lines.append(f"  {verb} {member.parameter} dim {member.dim}: {shown}")
+            lines.append(f"  {verbs[member.role]} {member.parameter} dim {member.dim}: {shown}")
     return "\n".join([f"{head} goes with:", *lines, *ties])
 
 

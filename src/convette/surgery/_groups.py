@@ -8,6 +8,9 @@ from torch import Tensor
 
 from convette.surgery._labels import LabelStore
 
+# Roles without which a unit is nobody's to remove.
+_MAKING = ("producer", "index")
+
 
 @dataclass(frozen=True)
 class Constraints:
@@ -28,7 +31,8 @@ class Member:
     """What the units of a group own in one dimension of one parameter or buffer.
 
     Unit u owns the entries ``index[u]`` along `dim` of `parameter`. `role`: "producer" (rows that compute the
-    channel), "consumer" (columns that read it) or "affine" (one value a channel: norms, scales, statistics).
+    channel), "consumer" (columns that read it), "affine" (one value a channel: norms, scales, statistics) or "index"
+    (the place of the channel in an un-tied stream).
     """
 
     parameter: str
@@ -62,7 +66,7 @@ def build_groups(store: LabelStore, roots: np.ndarray) -> tuple[tuple[Group, ...
     slot_of = np.repeat(np.arange(len(slots)), sizes)
     place = np.concatenate([np.arange(size) for size in sizes])
     produced = np.zeros(len(roots), dtype=bool)
-    makes = np.array([slot.role == "producer" for slot in slots])
+    makes = np.array([slot.role in _MAKING for slot in slots])
     produced[root[makes[slot_of]]] = True
     used = (root > 0) & produced[root]
     root, slot_of, place = root[used], slot_of[used], place[used]
@@ -89,7 +93,7 @@ def build_groups(store: LabelStore, roots: np.ndarray) -> tuple[tuple[Group, ...
         slot = slots[slot_of[start]]
         index = torch.from_numpy(place[start:end].copy()).view(len(members), -1)
         found.setdefault(number, []).append(Member(slot.parameter, slot.dim, index, slot.role, slot.module))
-        if slot.role == "producer":
+        if slot.role in _MAKING:
             first_use.setdefault(number, int(slot_of[start]))
     groups, unit_roots = [], {}
     taken: dict[str, int] = {}
@@ -103,9 +107,9 @@ def build_groups(store: LabelStore, roots: np.ndarray) -> tuple[tuple[Group, ...
 
 
 def _group_name(members: list[Member], taken: dict[str, int]) -> str:
-    first = next(member for member in members if member.role == "producer")
+    first = min((member for member in members if member.role in _MAKING), key=lambda member: member.role == "index")
     owner, _, leaf = first.parameter.rpartition(".")
     # Several parameters of one module can produce (a bare parameter beside a weight): the module's name will do.
-    name = owner if leaf in ("weight", "bias") and owner else first.parameter
+    name = owner if leaf in ("weight", "bias", "index") and owner else first.parameter
     taken[name] = taken.get(name, 0) + 1
     return name if taken[name] == 1 else f"{name}:{taken[name]}"

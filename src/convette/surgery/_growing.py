@@ -95,6 +95,8 @@ def _widenings(graph: ChannelGraph, sources: Mapping[str, list[list[int]]]) -> d
         group = graph[name]
         for member in group.members:
             key = (member.parameter, member.dim)
+            if member.role == "index" and any(parts):
+                raise StructureError(f"group {name!r} is part of an un-tied stream: its channels cannot be more.")
             roles[key] = member.role
             for number, units in enumerate(parts):
                 last = (number + 1) * (group.size // len(parts)) - 1

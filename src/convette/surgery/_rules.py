@@ -6,6 +6,7 @@ from typing import Any
 from convette.surgery import _rules_compute as compute
 from convette.surgery import _rules_elementwise as element
 from convette.surgery import _rules_move as move
+from convette.surgery import _rules_untie as untie
 
 
 def _words(text: str) -> frozenset[str]:
@@ -133,6 +134,8 @@ def table() -> dict[str, Callable[..., Any]]:
         (("multi_head_attention_forward",), compute.multi_head_attention),
         (("grid_sample",), compute.grid_sample),
         (("torchvision::roi_align",), compute.roi_align),
+        (("convette.surgery._untie.gather_channels",), untie.gather),
+        (("convette.surgery._untie.scatter_channels",), untie.scatter),
     ):
         rules.update(dict.fromkeys(names, rule))
     return rules

@@ -11,7 +11,7 @@ _SHOWN = 6
 
 def _owner(member: Member) -> str:
     owner, _, leaf = member.parameter.rpartition(".")
-    return owner if leaf in ("weight", "bias") and owner else member.parameter
+    return owner if leaf in ("weight", "bias", "index") and owner else member.parameter
 
 
 def _owners(members: Sequence[Member]) -> list[str]:
@@ -30,14 +30,18 @@ def group_line(group: Group) -> str:
     made, read = _owners(group.of("producer")), _owners(group.of("consumer"))
     each = max((member.index.shape[1] for member in group.of("producer")), default=1)
     unit = "channels" if each == 1 else f"units of {each} channels"
-    tied = f"made by {_listed(made)}" if len(made) == 1 else f"tied over {_listed(made)}"
-    return f"{group.name}: {group.size} {unit}, {tied}; read by {_listed(read) or 'nothing'}"
+    # In an un-tied stream: what reads it makes no channels, and what is added to it is read as a sum.
+    placed = [name for name in _owners(group.of("index")) if name != group.name]
+    tied = f"tied over {_listed(made)}" if len(made) > 1 else f"made by {made[0]}" if made else "picked from a stream"
+    reads = _listed(read) or (f"a stream through {_listed(placed)}" if placed else "nothing")
+    return f"{group.name}: {group.size} {unit}, {tied}; read by {reads}"
 
 
 def units_text(graph: ChannelGraph) -> str:
     """Return one line a group, then what is fixed and why: what ``convette show MODEL --units`` prints."""
     lines = [f"{len(graph)} groups, {graph.units} units that can be removed"]
     lines += [f"  {group_line(group)}" for group in graph]
+    lines += [f"  {name} stays whole: {why}" for name, why in graph.kept.items()]
     if graph.scopes:
         where = _listed([f"{name} in {module or 'the model'}" for name, module in graph.scopes])
         lines.append(f"statistics over removable channels (removing one changes the others): {where}")
@@ -55,7 +59,7 @@ def units_svg(graph: ChannelGraph, width: int = 960) -> str:
     layers: dict[str, int] = {}
     marks: list[tuple[str, int, str]] = []
     for column, group in enumerate(graph):
-        for role in ("producer", "consumer"):
+        for role in ("producer", "consumer", "index"):
             for name in _owners(group.of(role)):
                 layers.setdefault(name, len(layers))
                 marks.append((name, column, role))
