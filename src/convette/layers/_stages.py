@@ -9,6 +9,8 @@ from convette.errors import UsageError
 
 _NUMBERED = re.compile(r"(layer|stage|block|conv_block|denseblock|s)_?\d+")
 _HOLDERS = ("stages", "layers", "blocks", "features")
+# What detection and segmentation networks call the classifier inside them.
+_BACKBONES = ("backbone", "encoder", "trunk", "body")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ def stages(model: nn.Module) -> list[Stage]:
     """Return the stages of `model` in order.
 
     Children called ``layer1`` ..., ``stages.0`` ..., ``blocks.0`` ... (where those hold several layers) are stages; a
-    flat ``features`` is cut where a layer with a stride begins. Raises `UsageError` where neither is found.
+    flat ``features`` is cut where a layer with a stride begins; a ``backbone`` is looked into. Raises `UsageError`
+    where none is found.
     """
     named = [name for name, _ in model.named_children() if _NUMBERED.fullmatch(name)]
     if len(named) > 1:
@@ -36,6 +39,10 @@ def stages(model: nn.Module) -> list[Stage]:
         child = getattr(model, holder, None)
         if isinstance(child, nn.Sequential | nn.ModuleList) and len(child) > 1:
             return _of_sequence(child, f"{holder}.")
+    for inner in _BACKBONES:
+        child = getattr(model, inner, None)
+        if isinstance(child, nn.Module):
+            return [Stage(tuple(f"{inner}.{name}" for name in stage.modules)) for stage in stages(child)]
     if isinstance(model, nn.Sequential) and len(model) > 1:
         return _of_sequence(model, "")
     raise UsageError(

@@ -160,6 +160,21 @@ def test_added_to_networks_it_starts_by_changing_nothing(name, sites, mode, tmp_
         assert torch.equal(load(tmp_path / "m.safetensors")(x), expected)
 
 
+def test_in_a_segmentation_network_the_head_is_left_alone():
+    from torchvision.models.segmentation import fcn_resnet50
+
+    with torch.device("meta"):
+        model = add_inhibition(fcn_resnet50(weights=None, weights_backbone=None))
+    found = [name for name, module in model.named_modules() if isinstance(module, LateralInhibition2d)]
+    assert found == [f"backbone.layer{i}.{last}.bn2.1" for i, last in ((1, 2), (2, 3), (3, 5), (4, 2))]
+
+
+def test_macs():
+    from convette.cost import count
+
+    assert count(LateralInhibition2d(4, 2), torch.randn(1, 4, 6, 5)).macs == 25 * 4 * 30
+
+
 def test_it_stands_between_norm_and_activation():
     from convette.models import create_model
 

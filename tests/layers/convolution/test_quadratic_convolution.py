@@ -161,6 +161,13 @@ def test_the_networks_run(rank):
     assert isinstance(quadratic_alexnet(quadratic=False)[1], nn.ReLU)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_an_untrained_network_does_not_overflow_in_eval_mode(rank):
+    torch.manual_seed(0)
+    net = QuadraticResNet(20, 3, 1, rank, (4, 6, 8)).eval()
+    assert bool(torch.isfinite(net(torch.randn(2, 1, 16, 16) * 2)).all())
+
+
 def test_outputs_start_with_variance_about_one():
     x = torch.randn(64, 4, 6, 6)
     for rank in (None, 1, 4):

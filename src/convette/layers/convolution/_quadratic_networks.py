@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -108,7 +109,18 @@ class QuadraticResNet(nn.Module):
                 made.append(nn.Sequential(*layers))
             self.layer1, self.layer2, self.layer3 = made
         self.linear = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, QuadraticConv2d):
+                _start_small(module)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
         x = self.layer3(self.layer2(self.layer1(F.elu(self.bn1(self.conv1(images))))))
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@torch.no_grad()
+def _start_small(form: QuadraticConv2d, factor: float = 0.25) -> None:
+    """Scale the outputs: squares of squares would overflow in eval mode before the norms have statistics."""
+    for name, parameter in form.named_parameters():
+        if name != "factors":
+            parameter.mul_(factor)
