@@ -2,6 +2,15 @@
 
 from convette.models._normalisation import known_preprocessing
 from convette.models._weights import load_weights
+from convette.models.binary_networks import (
+    BinaryNIN,
+    BinaryVGG,
+    BiRealNet,
+    binary_nin,
+    binary_vgg11,
+    birealnet18,
+    birealnet34,
+)
 from convette.models.cifar_resnet import CifarResNet, resnet8, resnet20, resnet32, resnet44, resnet56, resnet110
 from convette.models.loader import CONSTRUCTORS, MODELS, build_from_origin, create_model, load, save
 from convette.models.mobilenet_v2 import (
@@ -27,12 +36,19 @@ from convette.models.simplenet import (
 __all__ = [
     "CONSTRUCTORS",
     "MODELS",
+    "BiRealNet",
+    "BinaryNIN",
+    "BinaryVGG",
     "CifarResNet",
     "DeepLabV3MobileNetV2",
     "InvertedResidual",
     "MobileNetV2",
     "SSDLiteMobileNetV2",
     "SimpleNet",
+    "binary_nin",
+    "binary_vgg11",
+    "birealnet18",
+    "birealnet34",
     "build_from_origin",
     "create_model",
     "deeplabv3_mobilenet_v2",

@@ -35,6 +35,15 @@ CONSTRUCTORS: dict[str, str] = {
     "ssdlite_mobilenet_v2": "mobilenet_v2",
     "deeplabv3_mobilenet_v2": "mobilenet_v2",
     "poincare_resnet": "poincare_resnet",
+    "atac_resnet": "layer_networks",
+    "wide_resnet": "layer_networks",
+    "autonl_s": "layer_networks",
+    "quadratic_resnet": "layer_networks",
+    "quadratic_alexnet": "layer_networks",
+    "binary_nin": "binary_networks",
+    "binary_vgg11": "binary_networks",
+    "birealnet18": "binary_networks",
+    "birealnet34": "binary_networks",
 }
 _MODES = ("m1", "m2", "m3", "m4")
 # Name of a model -> its constructor and the arguments the name stands for. Published variants have names of their own.
@@ -54,7 +63,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # Depth and, where it is not 8, the width of the first group.
     **{f"poincare_resnet{depth}": ("poincare_resnet", {"depth": depth}) for depth in (8, 20, 32)},
     **{f"poincare_resnet{depth}_16": ("poincare_resnet", {"depth": depth, "width": 16}) for depth in (20, 32)},
+    **{f"atac_resnet{6 * blocks + 2}": ("atac_resnet", {"blocks": blocks}) for blocks in (1, 2, 3, 5)},
+    "wide_resnet28_10": ("wide_resnet", {}),
+    "wide_resnet16_4": ("wide_resnet", {"depth": 16, "width": 4}),
+    "quadratic_resnet20": ("quadratic_resnet", {}),
+    "quadratic_resnet20_rank2": ("quadratic_resnet", {"rank": 2}),
     "poincare_resnet8_4": ("poincare_resnet", {"depth": 8, "width": 4}),
+    # The same networks without signs, and narrower ones for small work.
+    **{
+        f"{name}_real": (name, {"kind": "real"})
+        for name in ("binary_nin", "binary_vgg11", "birealnet18", "birealnet34")
+    },
+    **{
+        f"{name}_025{twin}": (name, {"width": 0.25, **({"kind": "real"} if twin else {})})
+        for name in ("binary_nin", "binary_vgg11", "birealnet18")
+        for twin in ("", "_real")
+    },
+    "birealnet18_025_ste": ("birealnet18", {"width": 0.25, "surrogate": "ste"}),
 }
 
 

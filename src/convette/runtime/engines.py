@@ -61,6 +61,13 @@ ENGINES: dict[str, Engine] = {
         precisions=("default", "fp32", "bf16", "int8"),
         formats=(".xml", ".onnx"),
     ),
+    "binary": Engine(
+        title="XNOR and bit counts for binary convolutions, PyTorch for the rest",
+        module="convette.runtime.binary_networks",
+        devices=("cpu",),
+        precisions=("fp32",),
+        general=False,
+    ),
 }
 
 

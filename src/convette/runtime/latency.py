@@ -19,7 +19,7 @@ _BLOCK_SECONDS = 0.05
 _BLOCK_CALLS = 20
 _LEAST_ROUNDS = 8
 _RESAMPLES = 400
-_PRECISE = ("fp32", "bf16", "int8")  # most precise first
+_PRECISE = ("fp32", "bf16", "int8", "binary")  # most precise first
 
 
 @dataclass(frozen=True)

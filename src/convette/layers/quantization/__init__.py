@@ -1,5 +1,13 @@
 """Quantised layers: trainable ones (straight-through estimators), and ones whose weights are stored packed."""
 
+from convette.layers.quantization.binary_networks import (
+    BinaryConv2d,
+    BinaryLinear,
+    PackedBinaryConv2d,
+    SignActivation,
+    pack_binary,
+    sign_thresholds,
+)
 from convette.layers.quantization.fake_quantize import (
     ActivationQuantizer,
     QuantConv2d,
@@ -11,15 +19,21 @@ from convette.layers.quantization.packed import PackedConv2d, PackedLinear, pack
 
 __all__ = [
     "ActivationQuantizer",
+    "BinaryConv2d",
+    "BinaryLinear",
+    "PackedBinaryConv2d",
     "PackedConv2d",
     "PackedLinear",
     "QuantConv2d",
     "QuantLinear",
+    "SignActivation",
     "fake_quantize",
     "group_scales",
     "observed_range",
     "optimal_partition",
     "pack",
+    "pack_binary",
     "packed_bytes",
+    "sign_thresholds",
     "unpack",
 ]

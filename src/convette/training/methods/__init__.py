@@ -4,6 +4,7 @@
 """
 
 from convette.training.methods._finding import check_options, find_method, make_method, methods_of, with_own
+from convette.training.methods.binary_networks import LatentWeights
 from convette.training.methods.consistent_normalization import ConsistentTraining
 from convette.training.methods.norm_loss import NormLossTraining
 from convette.training.methods.quantization_aware import QuantizationAware
@@ -13,6 +14,7 @@ from convette.training.methods.sparse_switchable_normalization import SparseSwit
 __all__ = [
     "AnnealSkewness",
     "ConsistentTraining",
+    "LatentWeights",
     "NormLossTraining",
     "QuantizationAware",
     "SparseSwitch",
