@@ -13,6 +13,7 @@ from convette.surgery._edits import Added, Change, Edit, ParameterChange, Shrink
 from convette.surgery._fold_layer import without_values
 from convette.surgery._log import structure_log
 from convette.surgery._trace import evaluating, outputs_of, run, trace
+from convette.surgery._walk import collecting_later
 
 
 @dataclass
@@ -94,7 +95,8 @@ def apply(
     try:
         for edit in edits:
             before = _expected(model, edit, example) if prove else None
-            change = edit.apply(model)
+            with collecting_later():
+                change = edit.apply(model)
             done.append(change)
             if before is not None:
                 _compare(before, _outputs(model, example), edit, tolerance)

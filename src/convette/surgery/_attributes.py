@@ -1,6 +1,6 @@
 """The sizes modules hold in Python: which attributes follow from the shapes of their parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -63,10 +63,15 @@ def is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]], change: Change) -> None:
-    """Set sizes on modules, only where the module holds a size of that name already."""
+def set_attributes(
+    model: nn.Module,
+    attributes: Mapping[str, Mapping[str, Any]],
+    change: Change,
+    find: Callable[[str], nn.Module] | None = None,
+) -> None:
+    """Set sizes on modules, only where the module holds a size of that name already; `find` finds them by name."""
     for name, values in attributes.items():
-        module = find_module(model, name)
+        module = find_module(model, name) if find is None else find(name)
         for key, value in values.items():
             old = module.__dict__.get(key)
             if key.startswith("_") or not is_size(old) or isinstance(old, int) != isinstance(value, int):

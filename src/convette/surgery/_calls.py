@@ -1,5 +1,6 @@
 """Reading a function call that PyTorch hands to a mode: its name, its tensors, its numbers, its source line."""
 
+import functools
 import os
 import sys
 from collections.abc import Iterable
@@ -17,11 +18,19 @@ def source_line() -> str:
     """Return ``file:line`` of the network's code that is running, leaving out PyTorch's own files and ours."""
     frame = sys._getframe(1)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((*_HIDDEN, "<")) and _CHECKER not in name:
-            return f"{Path(name).parent.name}/{Path(name).name}:{frame.f_lineno}"
+        place = _place(frame.f_code.co_filename)
+        if place:
+            return f"{place}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
+
+
+@functools.cache
+def _place(file: str) -> str:
+    """Return a file with its folder; nothing for files that are not the network's."""
+    if file.startswith((*_HIDDEN, "<")) or _CHECKER in file:
+        return ""
+    return f"{Path(file).parent.name}/{Path(file).name}"
 
 
 def tensors_in(value: Any, found: list[Tensor]) -> list[Tensor]:

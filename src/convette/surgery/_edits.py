@@ -1,7 +1,7 @@
 """Edits: what was done to a network's structure, as plain data that can be written, read and done again."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -45,13 +45,15 @@ class Change:
             self.undo.pop()()
 
 
-def forget_caches(model: nn.Module) -> None:
+def forget_caches(modules: Iterable[nn.Module]) -> None:
     """Empty the tensors that modules keep from earlier runs (``attention_bias_cache`` and the like)."""
-    for module in model.modules():
+    for module in modules:
+        if type(module).__module__.startswith("torch.nn."):
+            continue
         for name, value in vars(module).items():
             if (
-                name[0] != "_"
-                and "cache" in name
+                "cache" in name
+                and name[0] != "_"
                 and isinstance(value, dict)
                 and all(isinstance(item, Tensor) for item in value.values())
             ):
@@ -114,17 +116,25 @@ class Shrink:
 
         Raises `StructureError`, with the model unchanged, where the edit does not fit the model.
         """
+        return self._applied(model, values=True)
+
+    def apply_shapes(self, model: nn.Module) -> Change:
+        """Do the same with parameters that have shapes but no values, to see whether the network runs with them."""
+        return self._applied(model, values=False)
+
+    def _applied(self, model: nn.Module, values: bool) -> Change:
         from convette.surgery._attributes import set_attributes
+        from convette.surgery._cutting import cut
         from convette.surgery._rewrites import free_heads, rewrite_calls
 
         change = Change()
         try:
-            _cut(model, self.kept, change)
-            set_attributes(model, self.attributes, change)
+            walk = cut(model, self.kept, change, values=values)
+            set_attributes(model, self.attributes, change, walk.module)
             free_heads(model, self.free_heads, change)
             rewrite_calls(model, self.rewrites, change)
-            change.undo.insert(0, lambda: forget_caches(model))
-            forget_caches(model)
+            change.undo.insert(0, lambda: forget_caches(walk.modules))
+            forget_caches(walk.modules)
         except BaseException:
             change.revert()
             raise
@@ -258,44 +268,8 @@ def replace_tensor(places: list[tuple[nn.Module, str, bool]], old: Tensor, new: 
         change.undo.append(lambda table=table, name=name: table.__setitem__(name, old))
 
 
-def _cut(model: nn.Module, kept: Mapping[tuple[str, int], tuple[int, ...]], change: Change) -> None:
-    by_name: dict[str, dict[int, Tensor]] = {}
-    tensors: dict[str, Tensor] = {}
-    cache: dict[int, Tensor] = {}
-    checked: set[tuple[int, int]] = set()
-    known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for (name, dim), indices in kept.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            tensor = tensors[name] = known[name] if name in known else find_tensor(model, name)
-        index = cache.get(id(indices))
-        if index is None:
-            index = cache[id(indices)] = torch.tensor(indices, dtype=torch.int64)
-        if not 0 <= dim < tensor.ndim:
-            raise StructureError(f"{name!r} has {tensor.ndim} dimensions; the edit asks for dimension {dim}.")
-        if (id(indices), tensor.shape[dim]) not in checked:
-            _check_indices(name, dim, index, tensor)
-            checked.add((id(indices), tensor.shape[dim]))
-        by_name.setdefault(name, {})[dim] = index
-    places = holders(model)
-    for name, dims in by_name.items():
-        old = tensors[name]
-        new = sliced(old.detach(), dims)
-        if isinstance(old, nn.Parameter):
-            fresh = nn.Parameter(new, requires_grad=old.requires_grad)
-            if old.grad is not None:
-                fresh.grad = sliced(old.grad, dims)
-            new = fresh
-        change.parameters[name] = ParameterChange(old, new, dims)
-        replace_tensor(places[id(old)], old, new, change)
-
-
-def _check_indices(name: str, dim: int, index: Tensor, tensor: Tensor) -> None:
-    size = tensor.shape[dim]
-    if len(index) == 0:
-        raise StructureError(f"the edit would leave nothing of {name!r}.")
-    if int(index[-1]) >= size or int(index[0]) < 0 or (len(index) > 1 and not bool((index.diff() > 0).all())):
-        raise StructureError(f"the edit keeps indices of {name!r} that are not increasing numbers below {size}.")
+_LARGE = 1 << 20  # elements; from here on a whole slice in between costs more than it saves
+_PIECE = 1 << 17
 
 
 def sliced(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
@@ -303,6 +277,26 @@ def sliced(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     channels_last = (
         tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
     )
-    for dim, index in sorted(dims.items(), key=lambda item: len(item[1])):
-        tensor = tensor.index_select(dim, index.to(tensor.device))
+    on_cpu = tensor.device.type == "cpu"
+    indices = [(dim, index if on_cpu else index.to(tensor.device)) for dim, index in sorted(dims.items())]
+    if len(dims) > 1 and on_cpu and tensor.numel() >= _LARGE and indices[0][0] == 0:
+        return _in_pieces(tensor, indices[0][1], indices[1:], channels_last)
+    for dim, index in indices:
+        tensor = tensor.index_select(dim, index)
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+
+
+def _in_pieces(tensor: Tensor, rows: Tensor, others: list[tuple[int, Tensor]], channels_last: bool) -> Tensor:
+    """Cut a large tensor a few rows at a time, so that what is in between stays in the cache."""
+    shape = [rows.shape[0], *tensor.shape[1:]]
+    for dim, index in others:
+        shape[dim] = index.shape[0]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    result = torch.empty(shape, dtype=tensor.dtype, memory_format=layout)
+    step = max(1, _PIECE // max(1, tensor[0].numel()))
+    for start in range(0, shape[0], step):
+        piece = tensor.index_select(0, rows[start : start + step])
+        for dim, index in others:
+            piece = piece.index_select(dim, index)
+        result[start : start + step] = piece
+    return result

@@ -15,12 +15,19 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+_AXES = "_convette_axes"
+_VECTOR = "_convette_vector"
+
 
 def varying(layer: Tensor) -> tuple[int, ...]:
     """Return the axes along which `layer` is stored, that is, may vary."""
-    return tuple(
-        axis for axis, (size, step) in enumerate(zip(layer.shape, layer.stride(), strict=True)) if size > 1 and step
-    )
+    known = vars(layer)
+    axes = known.get(_AXES)
+    if axes is None:
+        axes = known[_AXES] = tuple(
+            axis for axis, (size, step) in enumerate(zip(layer.shape, layer.stride(), strict=True)) if size > 1 and step
+        )
+    return axes
 
 
 def inhabited(layer: Tensor) -> Tensor:
@@ -45,9 +52,42 @@ def normalised(layer: Tensor) -> Tensor:
 
 def spread(vector: Tensor, axis: int, shape: Sequence[int]) -> Tensor:
     """Return the layer of `shape` that equals `vector` along `axis` and is constant elsewhere."""
-    view = [1] * len(shape)
-    view[axis] = -1
-    return vector.view(view).expand(*shape)
+    size = shape[axis]
+    if vector.shape[0] != size or 0 in shape:
+        view = [1] * len(shape)
+        view[axis] = -1
+        return vector.view(view).expand(*shape)
+    steps = [0] * len(shape)
+    steps[axis] = step = vector.stride(0)
+    layer = vector.as_strided(shape, steps)
+    known = vars(layer)
+    if size > 1 and step:
+        known[_AXES] = (axis,)
+        known[_VECTOR] = vector
+    else:
+        known[_AXES] = ()
+    return layer
+
+
+def vector_of(layer: Tensor) -> Tensor:
+    """Return the labels of a layer that varies along one axis."""
+    known = vars(layer)
+    vector = known.get(_VECTOR)
+    if vector is None:
+        (axis,) = varying(layer)
+        index = tuple(slice(None) if other == axis else 0 for other in range(layer.ndim))
+        vector = known[_VECTOR] = inhabited(layer)[index]
+    return vector
+
+
+def broadcast(layer: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return `layer` over a larger shape, as ``expand`` does."""
+    if layer.shape == shape:
+        return layer
+    axes = varying(layer)
+    if len(axes) == 1 and 0 not in layer.shape:
+        return spread(vector_of(layer), axes[0] + len(shape) - layer.ndim, shape)
+    return layer.expand(*shape)
 
 
 def narrowed(layer: Tensor, keep: Sequence[int] = ()) -> Tensor:
@@ -85,7 +125,10 @@ def reshaped(layer: Tensor, shape: Sequence[int]) -> Tensor:
     return out.expand(*shape)
 
 
-@dataclass
+_NOBODY = torch.zeros(1, dtype=torch.int64, device="cpu")
+
+
+@dataclass(slots=True)
 class Slot:
     """One dimension of one parameter or buffer, and the label of each index along it."""
 
@@ -103,10 +146,22 @@ class LabelStore:
         """Start with label 0, the fixed one."""
         self.count = 1
         self.slots: dict[tuple[str, int], Slot] = {}
-        self.first: list[tuple[int, Slot]] = []  # slots that own fresh labels, by their first label
+        self.order: dict[str, int] = {}
+        self.starts: list[int] = []  # the first label of each slot that owns fresh labels, and the slot
+        self.owners: list[Slot] = []
         self._left: list[Tensor] = []
         self._right: list[Tensor] = []
         self._why: list[int] = []
+
+    def reserve(self, parameter: str, shape: torch.Size) -> bool:
+        """Give a parameter its place in the order before it is labelled; tell whether it has anything to label."""
+        self.order.setdefault(parameter, len(self.order))
+        return any(size > 1 for size in shape)
+
+    def sort(self) -> None:
+        """Put the slots in the order in which their parameters were first read."""
+        last = len(self.order)
+        self.slots = dict(sorted(self.slots.items(), key=lambda item: (self.order.get(item[0][0], last), item[0][1])))
 
     def fresh(self, size: int) -> Tensor:
         """Return `size` labels that nobody has yet."""
@@ -116,6 +171,14 @@ class LabelStore:
     def unite(self, left: Tensor, right: Tensor, why: int) -> None:
         """State that two layers that broadcast together are the same, element by element; `why` is a call."""
         if left is right:
+            return
+        if left.ndim == 1 and left.shape == right.shape and left.stride(0) and right.stride(0):
+            self._left.append(left)
+            self._right.append(right)
+            self._why.append(why)
+            return
+        if left.shape == right.shape and len(varying(left)) == 1 and varying(left) == varying(right):
+            self.unite(vector_of(left), vector_of(right), why)
             return
         left, right = inhabited(left), inhabited(right)
         ndim = max(left.ndim, right.ndim)
@@ -144,8 +207,14 @@ class LabelStore:
 
     def freeze(self, layer: Tensor, why: int) -> None:
         """State that nothing in `layer` can be removed."""
-        self._left.append(narrowed(inhabited(layer)).reshape(-1))
-        self._right.append(torch.zeros(1, dtype=torch.int64).expand(self._left[-1].shape))
+        labels = narrowed(inhabited(layer)).reshape(-1)
+        if len(labels) > self.count:
+            # Many places of few channels: each once.
+            seen = torch.zeros(self.count, dtype=torch.bool)
+            seen[labels] = True
+            labels = seen.nonzero().view(-1)
+        self._left.append(labels)
+        self._right.append(_NOBODY.expand(labels.shape))
         self._why.append(why)
 
     def pairs(self) -> list[tuple[Tensor, Tensor, int]]:
@@ -154,15 +223,16 @@ class LabelStore:
 
     def solve(self) -> np.ndarray:
         """Return for every label the smallest label it is the same as (0: fixed)."""
+        roots = np.arange(self.count)
         if not self._left:
-            return np.arange(self.count)
-        left = torch.cat(self._left).numpy()
-        right = torch.cat(self._right).numpy()
+            return roots
+        left, right = torch.cat(self._left).numpy(), torch.cat(self._right).numpy()
         different = left != right
         left, right = left[different], right[different]
         ones = np.ones(len(left), dtype=np.int8)
         graph = coo_matrix((ones, (left, right)), shape=(self.count, self.count))
-        _, component = connected_components(graph, directed=False)
-        smallest = np.full(int(component.max()) + 1, self.count, dtype=np.int64)
-        np.minimum.at(smallest, component, np.arange(self.count))
+        number, component = connected_components(graph, directed=False)
+        # Labels grow: the first of a component is its smallest.
+        smallest = np.empty(number, dtype=np.int64)
+        smallest[component[::-1]] = roots[::-1]
         return smallest[component]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convette.surgery._calls import tensors_in
-from convette.surgery._labels import inhabited, spread, varying
+from convette.surgery._labels import spread, varying, vector_of
 from convette.surgery._records import Call, Layers, Operand
 from convette.surgery._tracer import Tracer
 
@@ -138,7 +138,7 @@ def per_channel(tracer: Tracer, call: Call, axis: int, vectors: list[tuple[Tenso
     present = [tensor for tensor, _ in vectors if tensor is not None and tensor.numel() > 1]
     own = [layer for layer in layers if axis in varying(layer)]
     if len(own) == 1 and varying(own[0]) == (axis,):
-        vector = inhabited(own[0])[tuple(slice(None) if a == axis else 0 for a in range(own[0].ndim))]
+        vector = vector_of(own[0])
         for tensor in present:
             tracer.bind(tensor, 0, vector, "affine", call.index)
         return layers

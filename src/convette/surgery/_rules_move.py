@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convette.surgery._labels import inhabited, moved, normalised, reshaped, spread, varying
+from convette.surgery._labels import inhabited, moved, normalised, reshaped, spread, varying, vector_of
 from convette.surgery._records import Call, Fixed, Layers, Operand, Value
 from convette.surgery._tracer import Tracer
 
@@ -293,9 +293,10 @@ def cat(tracer: Tracer, call: Call) -> Layers:
     cross[axis] = 1
     joined: list[Tensor | None] = []
     operands = []
-    for part in parts:
-        if any(axis in varying(layer) for other in parts for layer in tracer.layers(other)):
+    if any(axis in varying(layer) for part in parts for layer in tracer.layers(part)):
+        for part in parts:
             _given_labels(tracer, part, {axis})
+    for part in parts:
         along = [layer for layer in tracer.layers(part) if axis in varying(layer)]
         across = [layer for layer in tracer.layers(part) if axis not in varying(layer)]
         for extra in along[1:]:
@@ -313,6 +314,8 @@ def cat(tracer: Tracer, call: Call) -> Layers:
 
 
 def _joined(parts: list[Tensor], layers: list[Tensor | None], axis: int, shape: torch.Size) -> Tensor:
+    if all(layer is not None and varying(layer) == (axis,) for layer in layers):
+        return spread(torch.cat([vector_of(layer) for layer in layers if layer is not None]), axis, shape)
     # Only the axes some part varies on are stored.
     stored = {a for layer in layers if layer is not None for a in varying(layer)} | {axis}
     small = []

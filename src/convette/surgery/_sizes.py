@@ -11,6 +11,7 @@ from convette.surgery._calls import family, function_name, source_line, tensors_
 from convette.surgery._labels import narrowed, normalised, varying
 from convette.surgery._records import Layers, SizeCall
 from convette.surgery._rewrites import given_sizes, rewritten, whole_shape
+from convette.surgery._without_values import WithoutValues
 
 Sizes = tuple[tuple[int | float, ...], ...]
 
@@ -130,6 +131,18 @@ def changes(item: SizeCall, sizes: Any) -> bool:
     return item.kind != "scalar"
 
 
+class _Bound:
+    """A function that is carried out by a run without values."""
+
+    __slots__ = ("func", "name", "values")
+
+    def __init__(self, values: WithoutValues, func: Any, name: str) -> None:
+        self.values, self.func, self.name = values, func, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.values(self.func, self.name, args, kwargs)
+
+
 class Probe(TorchFunctionMode):
     """Runs a shrunk network beside the record of the whole one and puts right, and notes, every wrong size."""
 
@@ -140,9 +153,12 @@ class Probe(TorchFunctionMode):
         items: Mapping[int, tuple[SizeCall, Sizes]],
         reads: frozenset[str],
         opaque: frozenset[str],
+        values: WithoutValues | None = None,
     ) -> None:
-        """`items`: the noted calls that change, by index, with the sizes they must be given."""
+        """`items`: the noted calls that change, by index, with the sizes they must be given; `values` carries
+        functions out where they are run for their shapes alone."""
         super().__init__()
+        self.values = values
         self.module_names = module_names
         # Modules that run otherwise than they did: nothing inside them is compared.
         self.opaque = opaque
@@ -161,6 +177,8 @@ class Probe(TorchFunctionMode):
         name = self._names.get(func)
         if name is None:
             name = self._names[func] = function_name(func)
+        if self.values is not None:
+            func = _Bound(self.values, func, name)
         if name in self.reads:
             return func(*args, **kwargs)
         if self.lost or self.stack[-1] in self.opaque:

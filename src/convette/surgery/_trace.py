@@ -2,32 +2,30 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 
 from convette.errors import StructureError
 from convette.surgery import _rules
-from convette.surgery._edits import forget_caches
 from convette.surgery._graph import ChannelGraph
 from convette.surgery._labels import narrowed, normalised, varying
 from convette.surgery._records import Records
 from convette.surgery._sizes import Probe
 from convette.surgery._tracer import Tracer
-from convette.surgery._walk import Kept, Walk
+from convette.surgery._walk import Kept, Walk, collecting_later
 from convette.surgery._without_values import WithoutValues, without_values
 
 _ROUNDS = 30
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
     """Put `model` into eval mode without gradients for a while; every module's own mode comes back afterwards."""
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in (model.modules() if modules is None else modules) if module.training]
     fast = torch.backends.mha.get_fastpath_enabled()
     if training:
         model.eval()
@@ -55,21 +53,23 @@ def running_modules(tracer: "Tracer | Probe") -> Iterator[None]:
     """Keep on ``tracer.stack`` the module that is running, and in ``tracer.counts`` what it has called so far."""
     names, stack, counts = tracer.module_names, tracer.stack, tracer.counts
 
-    def enter(module: nn.Module, _: Any) -> None:
+    called = nn.Module.__call__
+
+    def entering(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         stack.append(names.get(id(module), stack[-1]))
         counts.append({})
+        try:
+            return called(module, *args, **kwargs)
+        finally:
+            stack.pop()
+            counts.pop()
 
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
-        stack.pop()
-        counts.pop()
-
-    before = module_hooks.register_module_forward_pre_hook(enter)
-    after = module_hooks.register_module_forward_hook(leave, always_call=True)
+    # PyTorch's hooks for all modules would do, but take the slow way through every call.
+    nn.Module.__call__ = entering
     try:
         yield
     finally:
-        before.remove()
-        after.remove()
+        nn.Module.__call__ = called
 
 
 def outputs_of(value: Any, found: list[Tensor], depth: int = 0) -> list[Tensor]:
@@ -101,15 +101,21 @@ def trace(model: nn.Module, example: Any) -> ChannelGraph:
 
     Cost: about three forward passes. Raises `StructureError` where the network does not run on the example.
     """
+    with collecting_later():
+        return _traced(model, example)
+
+
+def _traced(model: nn.Module, example: Any) -> ChannelGraph:
     walk = Walk(model)
     kept = Kept(walk)
     try:
-        with evaluating(model):
+        with evaluating(model, walk.modules):
             tracer, reason = _without(model, example, walk, kept)
             if tracer is None:
                 tracer = Tracer(walk, _rules.table(), _rules.READS)
                 tracer.records.needed = reason
                 _label(tracer, model, example, kept)
+            tracer.store.sort()
             roots = settle(tracer)
     finally:
         kept.restore()
@@ -139,7 +145,7 @@ def _without(model: nn.Module, example: Any, walk: Walk, kept: Kept) -> tuple[Tr
 
 
 def _label(tracer: Tracer, model: nn.Module, example: Any, kept: Kept) -> None:
-    forget_caches(model)
+    kept.forget()
     tracer.known.update(id(tensor) for tensor in (*kept.tensors, *outputs_of(example, [])))
     with running_modules(tracer), tracer:
         output = run(model, example)

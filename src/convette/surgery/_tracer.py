@@ -4,6 +4,7 @@ The tracer is a `TorchFunctionMode`: each PyTorch function the network calls pas
 always, and then its rule says which labels the result has. A function without a rule freezes what it touches.
 """
 
+import bisect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from convette.surgery._calls import family, function_name, inputs_of, numbers_in, source_line, tensors_in
-from convette.surgery._labels import LabelStore, Slot, inhabited, spread, varying
+from convette.surgery._labels import LabelStore, Slot, broadcast, inhabited, spread, varying, vector_of
 from convette.surgery._records import (
     Call,
     FrozenOperator,
@@ -25,7 +26,7 @@ from convette.surgery._records import (
     Value,
 )
 from convette.surgery._walk import Walk
-from convette.surgery._without_values import WithoutValues
+from convette.surgery._without_values import NeedsValues, WithoutValues
 
 _TAG = "_convette_value"
 
@@ -41,6 +42,14 @@ def _fill(item: "SizeCall", layers: list[Tensor], shape: torch.Size) -> None:
         if varying(layer):
             found.append(layer)
     item.outputs = ((*item.outputs[0], *found),)
+
+
+def _common_layer(operands: list[Operand]) -> Tensor | None:
+    """Return the first of the layers where each operand has one and all vary along the same axes: the usual sum."""
+    if any(len(operand.layers) != 1 or operand.blank is not None for operand in operands):
+        return None
+    axes = [varying(operand.layers[0]) for operand in operands]
+    return operands[0].layers[0] if axes and axes[0] and all(other == axes[0] for other in axes) else None
 
 
 class Tracer(TorchFunctionMode):
@@ -82,7 +91,7 @@ class Tracer(TorchFunctionMode):
     def mark(self, tensor: Tensor, value: Value) -> None:
         """Attach `value` to `tensor`."""
         if id(tensor) not in self.parameters:
-            setattr(tensor, _TAG, (self, value))
+            vars(tensor)[_TAG] = (self, value)
 
     def layers(self, tensor: Tensor) -> Layers:
         """Return the layers of `tensor`."""
@@ -105,9 +114,10 @@ class Tracer(TorchFunctionMode):
         key = (self.parameters[id(tensor)], dim)
         slot = self.store.slots.get(key)
         if slot is None:
+            self.store.starts.append(self.store.count)
             slot = Slot(key[0], dim, self.store.fresh(tensor.shape[dim]), role, self.stack[-1])
             self.store.slots[key] = slot
-            self.store.first.append((int(slot.labels[0]), slot))
+            self.store.owners.append(slot)
         elif role != "affine":
             slot.role = role
         return slot.labels
@@ -133,16 +143,17 @@ class Tracer(TorchFunctionMode):
     def note_role(self, labels: Tensor, role: str) -> None:
         """Say what the parameter that owns `labels` does."""
         first = int(labels[0])
-        for start, slot in reversed(self.store.first):
-            if start <= first:
-                if first < start + len(slot.labels):
-                    slot.role = role
-                return
+        place = bisect.bisect_right(self.store.starts, first) - 1
+        if place >= 0 and first < self.store.starts[place] + self.store.owners[place].labels.shape[0]:
+            self.store.owners[place].role = role
 
     def axis_vector(self, tensor: Tensor, axis: int, why: int) -> Tensor | None:
         """Return the labels of `tensor` along `axis` alone; where they also vary elsewhere, that is tied."""
         result: Tensor | None = None
-        for layer in self.layers(tensor):
+        layers = self.layers(tensor)
+        if len(layers) == 1 and varying(layers[0]) == (axis,):
+            return vector_of(layers[0])
+        for layer in layers:
             axes = varying(layer)
             if axis not in axes:
                 continue
@@ -164,11 +175,16 @@ class Tracer(TorchFunctionMode):
         if value.blank >= 0 and value.blank in self.records.blanks:
             return Operand((False,) * len(shape), (), (self.records.blanks[value.blank], tensor.shape))
         full = tuple(axis >= missing and tensor.shape[axis - missing] > 1 for axis in range(len(shape)))
-        return Operand(full, tuple(layer.expand(*shape) for layer in value.layers))
+        return Operand(full, tuple(broadcast(layer, shape) for layer in value.layers))
 
     def align(self, operands: Iterable[Operand], why: int) -> Layers:
         """State that operands of one shape exist element by element together; return the layers of the result."""
         operands = list(operands)
+        common = _common_layer(operands)
+        if common is not None:
+            for operand in operands[1:]:
+                self.store.unite(common, operand.layers[0], why)
+            return (common,)
         merged: list[Tensor] = []
         sources: list[set[int]] = []
         axes_of: list[list[set[int]]] = []
@@ -274,59 +290,53 @@ class Tracer(TorchFunctionMode):
         if name is None:
             name = self._names[func] = function_name(func)
         out = func(*args, **kwargs) if self.values is None else self.values(func, name, args, kwargs)
+        single = isinstance(out, Tensor)
         if name in self.reads:
-            if isinstance(out, Tensor):
+            if single:
                 self.mark(out, _CONSTANT)
             return out
-        results = [out] if isinstance(out, Tensor) else tensors_in(out, [])
-        if not results:
-            if name == "__setitem__":
-                self._record(name, func, args, kwargs, args[0], [])
-            return out
-        self._record(name, func, args, kwargs, out, results)
+        results = [out] if single else tensors_in(out, [])
+        if results:
+            self._record(name, func, args, kwargs, out, results)
+        elif name == "__setitem__":
+            self._record(name, func, args, kwargs, args[0], [])
         return out
 
     def _record(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, results: list[Tensor]) -> None:
         index = len(self.records.calls)
-        kin = family(name)
-        seen = self.counts[-1].get(kin, 0)
-        self.counts[-1][kin] = seen + 1
-        call = Call(index, name, func, args, kwargs, out, self.stack[-1], seen)
-        self.records.calls.append((name, call.module))
-        inputs = [self.value(tensor) for tensor in inputs_of(args, kwargs)]
-        weight = all(value.weight for value in inputs)
-        for source in {value.call for value in inputs if value.call >= 0}:
-            self.records.uses[source] = self.records.uses.get(source, 0) + 1
+        kin, counts, module = family(name), self.counts[-1], self.stack[-1]
+        counts[kin] = seen = counts.get(kin, -1) + 1
+        call = Call(index, name, func, args, kwargs, out, module, seen)
+        self.records.calls.append((name, module))
+        labelled, weight, blank = self._read(inputs_of(args, kwargs))
+        rule = self.rules.get(name)
         if name in _FOLDABLE:
             self._note_step(call)
-        elif self.rules.get(name) is self.rules["add"]:
+        elif rule is self.rules["add"]:
             numbers = numbers_in(args)
             if numbers:
-                item = SizeCall(index, name, call.module, "", "scalar", 0, numbers, (), (), seen)
-                self.records.scalars[index] = item
-        rule = self.rules.get(name)
+                self.records.scalars[index] = SizeCall(index, name, module, "", "scalar", 0, numbers, (), (), seen)
+        layers: list[Layers] = []
         if rule is None:
-            if any(value.layers for value in inputs):
+            if labelled:
                 self.freeze(call)
-            layers: list[Layers] = []
         elif rule is self.rules["zeros"]:
             rule(self, call)
             self.mark(results[0], Value((), weight, index, index))
             return
-        elif not any(value.layers for value in inputs):
-            layers = []
+        elif labelled:
+            layers = self._ruled(rule, call, results)
+        else:
             if name in _GIVEN_SIZES:
                 # Fixed channels can still be asked for by a size that was worked out from others.
                 self.sized(call, "shape", (), [()])
-            blank = [value.blank for value in inputs]
-            if blank and min(blank) >= 0 and rule in (self.rules["add"], self.rules["clone"]):
-                self.mark(results[0], Value((), weight, index, blank[0]))
+            if blank >= 0 and rule in (self.rules["add"], self.rules["clone"]):
+                self.mark(results[0], Value((), weight, index, blank))
                 return
+        if layers:
+            for tensor, one in zip(results, layers, strict=True):
+                self.mark(tensor, Value(one, weight, index))
         else:
-            layers = self._ruled(rule, call, results)
-        for tensor, one in zip(results, layers, strict=True) if layers else ():
-            self.mark(tensor, Value(one, weight, index))
-        if not layers:
             for tensor in results:
                 self.mark(tensor, Value((), weight, index))
         for scope in reversed(self.records.scopes):
@@ -334,17 +344,47 @@ class Tracer(TorchFunctionMode):
                 break
             scope.outputs = tuple(self.layers(tensor) for tensor in results)
 
+    def _read(self, inputs: list[Tensor]) -> tuple[bool, bool, int]:
+        """Note which calls' results are read; tell whether any input has labels, whether all are weights, and the call
+        that made the first of them if all are blank (else -1)."""
+        labelled, weight = False, True
+        blanks: list[int] = []
+        sources: set[int] = set()
+        for tensor in inputs:
+            tag = tensor.__dict__.get(_TAG)
+            if tag is not None and tag[0] is self:
+                value = tag[1]
+            elif id(tensor) in self.parameters:
+                # Labelled by the rule, where it has one; its place in the order is taken here.
+                labelled = self.store.reserve(self.parameters[id(tensor)], tensor.shape) or labelled
+                blanks.append(-1)
+                continue
+            else:
+                value = self.value(tensor)
+            labelled = labelled or bool(value.layers)
+            weight = weight and value.weight
+            blanks.append(value.blank)
+            if value.call >= 0:
+                sources.add(value.call)
+        uses = self.records.uses
+        for source in sources:
+            uses[source] = uses.get(source, 0) + 1
+        return labelled, weight, blanks[0] if blanks and min(blanks) >= 0 else -1
+
     def _ruled(self, rule: Any, call: Call, results: list[Tensor]) -> list[Layers]:
         """Apply `rule`; where it does not cover this form of the call, freeze what the call touches."""
         try:
             layers = rule(self, call)
-        except (RuntimeError, IndexError, TypeError, ValueError, KeyError, AttributeError, AssertionError):
+        except (RuntimeError, IndexError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
+            if self.values is not None:
+                # Was it for want of a value? The run with values will tell.
+                raise NeedsValues(f"{call.name}: {error}") from error
             layers = None
         if layers is not None and not isinstance(layers, list):
             layers = [layers] * len(results)
         if layers is not None and len(layers) == len(results):
             pairs = zip(results, layers, strict=True)
-            if all(layer.shape == tensor.shape for tensor, own in pairs for layer in own):
+            if all(layer.shape == tensor.shape and not layer.is_meta for tensor, own in pairs for layer in own):
                 return layers
         self.freeze(call)
         return []

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convette.surgery._shapes import SHAPES
+
 _META = torch.device("meta")
 _FLOATS = frozenset([torch.float32, torch.float64, torch.float16, torch.bfloat16])
 
@@ -145,7 +147,9 @@ class WithoutValues:
             in_place = True
         if in_place:
             return first
-        return first.detach() if first.is_contiguous() else None
+        if first.is_contiguous():
+            return first.detach()
+        return torch.empty(first.shape, dtype=first.dtype, device=_META) if name == "layer_norm" else None
 
     def _binary(self, left: Any, right: Any, in_place: bool) -> Tensor | None:
         if isinstance(right, int | float) and left.dtype in _FLOATS:
@@ -205,6 +209,14 @@ class WithoutValues:
 
     def _like_before(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """Carry out a function on the meta device, once for each kind of arguments."""
+        made = SHAPES.get(name)
+        if made is not None and _plain(args, kwargs):
+            try:
+                shape = made(*args, **kwargs)
+            except TypeError:
+                shape = None
+            if shape is not None:
+                return torch.empty(shape, dtype=_first(args).dtype, device=_META)
         key = (func, _key(args), _key(kwargs)) if kwargs else (func, _key(args))
         known = self._made.get(key)
         if known is not None:
@@ -227,6 +239,22 @@ def _key(value: Any) -> Any:
     if kind is dict:
         return (kind, *[(name, _key(item)) for name, item in value.items()])
     return (kind, value)
+
+
+def _first(args: Any) -> Tensor:
+    return args[0] if isinstance(args[0], Tensor) else args[0][0]
+
+
+def _plain(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Tell whether all tensors of a call are contiguous and of one floating-point type."""
+    kind = None
+    for item in (*args, *kwargs.values()):
+        for tensor in item if isinstance(item, list | tuple) else (item,):
+            if isinstance(tensor, Tensor):
+                kind = kind or tensor.dtype
+                if tensor.dtype is not kind or not tensor.is_contiguous():
+                    return False
+    return kind in _FLOATS
 
 
 def _any_meta(value: Any) -> bool:
