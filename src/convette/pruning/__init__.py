@@ -40,6 +40,7 @@ from convette.pruning.criteria import (
     score_units,
     second_order,
     taylor,
+    trajectory,
 )
 from convette.pruning.criteria.discriminant_information import discriminant_value
 from convette.pruning.criteria.feature_map_information import LayerRemoval, layer_information, remove_layers
@@ -98,5 +99,6 @@ __all__ = [
     "score_units",
     "second_order",
     "taylor",
+    "trajectory",
     "uniform",
 ]

@@ -28,6 +28,7 @@ from convette.pruning.criteria.lamp import lamp
 from convette.pruning.criteria.linear_redundancy import linear_redundancy
 from convette.pruning.criteria.loss_increase import loss_increase
 from convette.pruning.criteria.magnitude import l1, l2
+from convette.pruning.criteria.optin import trajectory
 from convette.pruning.criteria.random import random
 from convette.pruning.criteria.second_order import second_order
 from convette.pruning.criteria.slimming_shortcut import importance_gates
@@ -60,6 +61,7 @@ __all__ = [
     "score_units",
     "second_order",
     "taylor",
+    "trajectory",
 ]
 
 _HERE = "convette.pruning.criteria"
@@ -86,6 +88,7 @@ CRITERIA: dict[str, str] = {
     "random": f"{_HERE}.random:random",
     "second_order": f"{_HERE}.second_order:second_order",
     "taylor": f"{_HERE}.taylor:taylor",
+    "trajectory": f"{_HERE}.optin:trajectory",
 }
 NEED_DATA = frozenset(
     {
@@ -104,6 +107,7 @@ NEED_DATA = frozenset(
         "loss_increase",
         "second_order",
         "taylor",
+        "trajectory",
     }
 )
 

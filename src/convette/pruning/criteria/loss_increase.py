@@ -62,14 +62,15 @@ def loss_without(
     """Return the mean loss over `batches` of `model` (in eval mode) with one unit zeroed."""
     kept = torch.ones(group.size, dtype=torch.bool)
     kept[unit] = False
-    with _zeroed(model, graph, group, kept):
+    with zeroed(model, graph, group, kept):
         return _mean_loss(model, batches, loss)
 
 
-def _zeroed(model: nn.Module, graph: ChannelGraph, group: Group, kept: Tensor) -> Any:
+def zeroed(model: nn.Module, graph: ChannelGraph, group: Group, kept: Tensor) -> Any:
+    """Return a context in which the units of `group` that are not `kept` (bool) are zeroed wherever they are used."""
     # A group that must keep more than it would (heads, equal parts) cannot be masked as a legal selection.
     parts = group.constraints.parts
-    legal = group.size - 1 >= group.constraints.minimum and parts == 1 and group.constraints.multiple_of == 1
+    legal = int(kept.sum()) >= group.constraints.minimum and parts == 1 and group.constraints.multiple_of == 1
     if legal:
         return masked(model, graph, {group.name: kept.nonzero().flatten()})
     return _Zeroed(model, group, ~kept)
