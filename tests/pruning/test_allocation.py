@@ -14,6 +14,7 @@ from convette.pruning.allocation._ladder import _ladder
 from convette.surgery import Constraints, Group, Member, apply, trace
 
 NAMES = sorted(ALLOCATIONS)
+SEARCHED = ("evolution", "policy_gradient")  # seconds a call: each metric goes through the same predictions
 UNSHAKEN = [HealthCheck.function_scoped_fixture]
 
 
@@ -36,6 +37,8 @@ def removed_share(graph):
 @settings(max_examples=8, deadline=None, suppress_health_check=UNSHAKEN)
 @given(share=st.floats(0.15, 0.99), seed=st.integers(0, 99))
 def test_limits_are_met_tightly_and_exactly(network, graph, example, name, metric, share, seed):
+    if name in SEARCHED and (metric != "macs" or seed % 3):
+        return
     width_cost = WidthCost(network, example, graph)
     start = count(network, example).get(metric)
     scores = random(network, graph, seed=seed)

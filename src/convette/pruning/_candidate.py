@@ -63,8 +63,13 @@ class Candidate:
 
     @torch.no_grad()
     def loss(self, selection: Selection) -> float:
-        """Return the mean cross-entropy on the calibration images of the network cut to `selection`."""
+        """Return the mean cross-entropy on the calibration images of the network cut to `selection`.
+
+        Batch norms take their statistics anew on these images first, if the run will do so after the cut.
+        """
         network = self.cut(selection).eval()
+        if self.settings.recalibrate and selection:
+            _take_statistics(network, [images for images, _ in self.calibration])
         total = sum(float(functional.cross_entropy(network(x), y, reduction="sum")) for x, y in self.calibration)
         return total / sum(len(y) for _, y in self.calibration)
 
@@ -153,3 +158,18 @@ def reach_measured(
 
     best, _ = search_cap(share_at, low, high, guess=guess, margin=float(settings.latency_margin))
     return found[best.cap], best.cap
+
+
+def _take_statistics(network: nn.Module, batches: Sequence[Tensor]) -> None:
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.track_running_stats]
+    if not norms or len(batches[0]) < 2:
+        return
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+        norm.train()
+    for images in batches:
+        if len(images) > 1:
+            network(images)
+    network.eval()

@@ -19,15 +19,9 @@ from torch import Tensor, nn
 from convette.cost import Budget, Limit, WidthCost, count
 from convette.errors import UsageError
 from convette.pruning._units import Scores
-from convette.pruning.allocation._ladder import Ladder, WidthRules, build_ladders
-from convette.pruning.allocation._search import (
-    Rungs,
-    absolute_limits,
-    fill_up,
-    out_of_reach,
-    predicted,
-    selection_of,
-)
+from convette.pruning.allocation._ladder import WidthRules, build_ladders
+from convette.pruning.allocation._scaling import scaled_rungs
+from convette.pruning.allocation._search import absolute_limits, predicted, selection_of
 from convette.surgery import ChannelGraph, apply, trace
 
 
@@ -176,7 +170,7 @@ def precropping(
     loads = layer_loads(graph)
     ratios = keep_ratios(loads, _densities(loads, limits, width_cost))
     sizes = {ladder.name: ladder.size for ladder in ladders}
-    rungs = _scaled(ladders, ratios, sizes, limits, width_cost)
+    rungs = scaled_rungs(ladders, ratios, sizes, limits, width_cost)
     return selection_of(ladders, rungs)
 
 
@@ -198,42 +192,6 @@ def _densities(
     if not np.isfinite(shares["weights"]):
         return synexp_densities(m, shares["macs"] * float(m.sum()))
     return synexp_densities(n, shares["weights"] * float(n.sum()), macs=m, macs_budget=shares["macs"] * float(m.sum()))
-
-
-def _scaled(
-    ladders: Sequence[Ladder],
-    ratios: Mapping[str, float],
-    sizes: Mapping[str, int],
-    limits: Sequence[Limit],
-    width_cost: WidthCost,
-) -> Rungs:
-    """Return the rungs nearest to t times the wanted widths, for the largest t that meets `limits`."""
-
-    def rungs_at(t: float) -> Rungs:
-        found = {}
-        for ladder in ladders:
-            wanted = min(1.0, t) if ladder.name not in ratios else t * ratios[ladder.name]
-            width = wanted * sizes[ladder.name]
-            found[ladder.name] = int(np.abs(np.array(ladder.widths) - width).argmin())
-        return found
-
-    def fits(rungs: Rungs) -> bool:
-        selection = selection_of(ladders, rungs)
-        return all(predicted(width_cost, one.metric, selection) <= one.value for one in limits)
-
-    smallest = {ladder.name: 0 for ladder in ladders}
-    if not fits(smallest):
-        raise out_of_reach(limits, width_cost, selection_of(ladders, smallest))
-    low, high = 0.0, 1.0
-    while fits(rungs_at(high)) and high < 1e9:
-        if all(rungs_at(high)[ladder.name] == len(ladder.widths) - 1 for ladder in ladders):
-            return rungs_at(high)
-        low, high = high, 2 * high
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(rungs_at(middle)) else (low, middle)
-    rungs = rungs_at(low) if fits(rungs_at(low)) else smallest
-    return fill_up(ladders, rungs, fits)
 
 
 @dataclass(frozen=True)
@@ -288,7 +246,7 @@ def precrop(
     if inner_only:
         scores = {name: score for name, score in scores.items() if len(graph[name].of("producer")) == 1}
     ladders = build_ladders(scores, graph, WidthRules(multiple_of))
-    selection = selection_of(ladders, _scaled(ladders, ratios, sizes, limits, cost))
+    selection = selection_of(ladders, scaled_rungs(ladders, ratios, sizes, limits, cost))
     if selection:
         apply(network, graph.shrink(selection))
     if initialise:

@@ -29,14 +29,16 @@ __all__ = [
 ]
 
 ALLOCATIONS: dict[str, str] = {
+    "evolution": "convette.pruning.allocation.evolution:evolution",
     "exact": "convette.pruning.allocation.exact:exact",
     "global": "convette.pruning.allocation.global_ranking:global_ranking",
     "opti_cut": "convette.pruning.hardware_aware_filter_pruning:opti_cut",
     "per_layer": "convette.pruning.allocation.per_layer:per_layer",
+    "policy_gradient": "convette.pruning.allocation.policy_gradient:policy_gradient",
     "precropping": "convette.pruning.precropping:precropping",
     "uniform": "convette.pruning.allocation.uniform:uniform",
 }
-NEED_DATA = frozenset({"per_layer"})
+NEED_DATA = frozenset({"evolution", "per_layer", "policy_gradient"})
 # Those that need to know how the cost comes about, and so cannot spend a latency that a table predicts.
 ONLY_COUNTED = frozenset({"exact"})
 

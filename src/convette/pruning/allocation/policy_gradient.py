@@ -1,0 +1,76 @@
+"""A policy over the shares that groups keep, learned from the loss of the cut networks it proposes."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convette.cost import Limit, WidthCost
+from convette.errors import UsageError
+from convette.pruning._reinforce import Reinforce
+from convette.pruning._units import Scores
+from convette.pruning.allocation._ladder import WidthRules, build_ladders
+from convette.pruning.allocation._scaling import scaled_rungs
+from convette.pruning.allocation._search import absolute_limits, selection_of
+from convette.surgery import ChannelGraph
+
+
+def policy_gradient(
+    scores: Scores,
+    graph: ChannelGraph,
+    width_cost: WidthCost,
+    limit: Limit | Sequence[Limit],
+    *,
+    rules: WidthRules | None = None,
+    loss: Callable[[Mapping[str, Tensor]], float] | None = None,
+    rollouts: int = 6,
+    updates: int = 10,
+    deviation: float = 0.3,
+    learning_rate: float = 0.1,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    r"""Learn the importance of each group by REINFORCE: a normal policy over logarithms of shares, rewarded by -loss.
+
+    .. math:: x \sim N(\theta, \sigma^2 I), \quad C'_g = \mathrm{round}(t\, e^{x_g} C_g), \quad R = -L(K)
+
+    with the factor t that meets the limits exactly. :math:`\theta` starts at equal shares. The cut network is not
+    trained: what is rewarded is what is left at once. The best selection seen is returned, the policy's mean among
+    them; the first one tried is that of equal shares.
+
+    Returns the kept units of every group that loses some; the same for the same `seed`. Raises `BudgetError` with the
+    smallest reachable cost, `UsageError` without `loss`. Costs at most ``rollouts * updates + 2`` losses. Source: the
+    budget allocation of Hou and Kung, A Discriminant Information Approach to Deep Neural Network Pruning, ICPR 2020
+    (reconstructed).
+    """
+    if loss is None:
+        raise UsageError("allocation policy_gradient measures the loss: give a data set, or use global or uniform.")
+    ladders = build_ladders(scores, graph, rules or WidthRules())
+    limits = absolute_limits(limit)
+    sizes = {ladder.name: ladder.size for ladder in ladders}
+    seen: dict[tuple[int, ...], float] = {}
+
+    def price(x: Tensor) -> float:
+        ratios = {ladder.name: float(np.exp(value)) for ladder, value in zip(ladders, x.tolist(), strict=True)}
+        rungs = scaled_rungs(ladders, ratios, sizes, limits, width_cost)
+        key = tuple(rungs[ladder.name] for ladder in ladders)
+        if key not in seen:
+            value = float(loss(selection_of(ladders, rungs)))
+            seen[key] = value if np.isfinite(value) else float("inf")
+        return seen[key]
+
+    mean = torch.zeros(len(ladders), requires_grad=True)
+    learner = Reinforce([mean], learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    first = price(mean.detach())
+    if all(rung == len(ladder.widths) - 1 for rung, ladder in zip(next(iter(seen)), ladders, strict=True)):
+        return {}
+    for _ in range(updates):
+        samples = [mean.detach() + deviation * torch.randn(len(ladders), generator=generator) for _ in range(rollouts)]
+        # A loss that overflows must not become a gradient that does.
+        rewards = [-min(price(x), 10 * abs(first) + 10) for x in samples]
+        logs = [-((x - mean) ** 2).sum() / (2 * deviation**2) for x in samples]
+        learner.step(logs, rewards)
+    price(mean.detach())
+    best = min(seen, key=lambda rungs: seen[rungs])
+    return selection_of(ladders, dict(zip(sizes, best, strict=True)))
