@@ -200,3 +200,13 @@ def test_weights_that_are_standardised_keep_two_inputs():
         graph.shrink({"0": torch.tensor([1])})
     surgery.apply(model, graph.shrink({"0": torch.tensor([1, 4])}), example=IMAGES, prove=True)
     assert model(IMAGES).shape == (2, 4, 16, 12)
+
+
+def test_weights_that_are_standardised_with_a_kernel_are_cut():
+    from timm.layers import ScaledStdConv2d
+
+    model = nn.Sequential(ScaledStdConv2d(3, 6, 3), ScaledStdConv2d(6, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    graph = surgery.trace(model.eval(), IMAGES)
+    assert [(group.name, group.size) for group in graph] == [("0", 3), ("1", 4)]
+    surgery.apply(model, graph.shrink({"0": torch.tensor([0, 2]), "1": torch.tensor([1])}), example=IMAGES, prove=True)
+    assert model[1].weight.shape == (2, 2, 3, 3)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convette.surgery._labels import spread, varying
+from convette.surgery._labels import normalised, spread, varying
 from convette.surgery._records import Call, Layers, Operand
 from convette.surgery._tracer import Tracer
 
@@ -57,6 +57,9 @@ def _bind_rows(tracer: Tracer, call: Call, weight: Tensor, dim: int, labels: Ten
 def _freeze_kernel(tracer: Tracer, call: Call, weight: Tensor) -> None:
     if tracer.is_parameter(weight):
         return
+    # Reshaped for its statistics and back, a layer may be stored along axes on which it is constant.
+    value = tracer.value(weight)
+    tracer.mark(weight, value._replace(layers=tuple(normalised(layer) for layer in value.layers)))
     for layer in tracer.layers(weight):
         if any(axis >= 2 for axis in varying(layer)):
             tracer.store.freeze(layer, call.index)
