@@ -158,7 +158,7 @@ _SPLIT_KEYS = (
 
 
 def _spans(name: str, args: Any, kwargs: dict[str, Any]) -> dict[int, tuple[int, int]]:
-    from convette.surgery._rules_move import _axes_used, index_items
+    from convette.surgery._rules_pieces import _axes_used, index_items
 
     if name == "narrow":
         dim, start, length = (
@@ -190,7 +190,7 @@ def _slice_difference(name: str, args: Any, kwargs: dict[str, Any], expected: An
 
 
 def _raw_spans(name: str, args: Any, kwargs: dict[str, Any]) -> dict[int, tuple[Any, Any]]:
-    from convette.surgery._rules_move import _axes_used, index_items
+    from convette.surgery._rules_pieces import _axes_used, index_items
 
     if name == "narrow":
         return dict(_spans(name, args, kwargs))
@@ -246,7 +246,7 @@ def rewritten(kind: str, func: Any, name: str, args: Any, kwargs: dict[str, Any]
 
 
 def _slice(func: Any, name: str, args: Any, kwargs: dict[str, Any], expected: Any) -> Any:
-    from convette.surgery._rules_move import _axes_used, index_items
+    from convette.surgery._rules_pieces import _axes_used, index_items
 
     spans = {axis: (start, stop) for axis, start, stop in expected}
     if name == "narrow":

@@ -6,6 +6,7 @@ from typing import Any
 from convette.surgery import _rules_compute as compute
 from convette.surgery import _rules_elementwise as element
 from convette.surgery import _rules_move as move
+from convette.surgery import _rules_pieces as pieces
 from convette.surgery import _rules_untie as untie
 
 
@@ -106,15 +107,15 @@ def table() -> dict[str, Callable[..., Any]]:
         (("expand", "broadcast_to", "expand_as"), move.expand),
         (("broadcast_tensors",), move.broadcast_tensors),
         (("repeat", "tile"), move.repeat),
-        (("split", "chunk", "tensor_split", "split_with_sizes"), move.split),
-        (("unbind",), move.unbind),
-        (("select",), move.select),
-        (("narrow",), move.narrow),
-        (("__getitem__",), move.getitem),
-        (("__setitem__",), move.setitem),
-        (("index_select", "gather", "take_along_dim"), move.index_select),
-        (("cat", "concat", "concatenate"), move.cat),
-        (("stack",), move.stack),
+        (("split", "chunk", "tensor_split", "split_with_sizes"), pieces.split),
+        (("unbind",), pieces.unbind),
+        (("select",), pieces.select),
+        (("narrow",), pieces.narrow),
+        (("__getitem__",), pieces.getitem),
+        (("__setitem__",), pieces.setitem),
+        (("index_select", "gather", "take_along_dim"), pieces.index_select),
+        (("cat", "concat", "concatenate"), pieces.cat),
+        (("stack",), pieces.stack),
         (("flip",), move.flip),
         (("roll",), move.roll),
         (("pad",), move.pad),

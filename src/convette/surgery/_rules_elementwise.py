@@ -204,8 +204,3 @@ def group_norm(tracer: Tracer, call: Call) -> Layers:
             axes = [axis for axis in range(call.first.ndim) if axis != 0]
             _scope_over(tracer, call, (layer,), axes)
     return layers
-
-
-def reads_nothing(tracer: Tracer, call: Call) -> Layers:
-    """Shapes, positions and other results that hold no channel."""
-    return ()
