@@ -5,6 +5,7 @@ into a `Shrink` edit; `apply` carries edits out on a live model; `save_model` an
 where it came from, what was done to it, and its tensors: one ``.safetensors`` file without code.
 """
 
+from convette.surgery._absorb import Absorb, absorb_edits
 from convette.surgery._append import Append
 from convette.surgery._apply import StructureChange, apply, replay
 from convette.surgery._constraints import WidthConstraints
@@ -38,6 +39,7 @@ from convette.surgery._untying import untie
 from convette.surgery._what_stays import what_stays
 
 __all__ = [
+    "Absorb",
     "Append",
     "ChannelGraph",
     "Constraints",
@@ -77,6 +79,7 @@ __all__ = [
     "Untie",
     "WidthConstraints",
     "ZeroGammaBlock",
+    "absorb_edits",
     "apply",
     "build_stitched",
     "card_of",

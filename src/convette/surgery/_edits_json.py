@@ -3,6 +3,7 @@
 from typing import Any
 
 from convette.errors import FileFormatError, did_you_mean
+from convette.surgery._absorb import Absorb
 from convette.surgery._append import Append
 from convette.surgery._convert import Convert
 from convette.surgery._edits import Edit, Shrink
@@ -22,6 +23,7 @@ _KINDS = {
     Scale.kind: Scale.from_json,
     Convert.kind: Convert.from_json,
     Append.kind: Append.from_json,
+    Absorb.kind: Absorb.from_json,
     Insert.kind: Insert.from_json,
     Install.kind: Install.from_json,
     Remove.kind: Remove.from_json,

@@ -192,11 +192,13 @@ def fold(model: nn.Module, example: Any) -> nn.Module:
     layers beside them; then scales, layers in a row and branches side by side become one where that costs no more.
     The output on any input equals the model's up to rounding (relative error about 1e-6 in float32).
     """
+    from convette.surgery._absorb import absorb_edits
     from convette.surgery._folding_more import fold_further, fold_layers, reparameterize
 
     folded = copy.deepcopy(model).eval()
     fold_layers(folded, example)
     reparameterize(folded, example)
+    apply(folded, *absorb_edits(folded, example))
     apply(folded, *fold_edits(folded, example))
     fold_further(folded, example)
     return folded

@@ -202,6 +202,8 @@ def test_one_unit_solves_what_no_linear_one_can(task):
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_batch_norm_is_absorbed(rank):
+    from convette.surgery import fold
+
     torch.manual_seed(4)
     net = QuadraticResNet(8, 3, 1, rank, (2, 3, 3))
     x = torch.randn(4, 1, 8, 8)
@@ -210,7 +212,7 @@ def test_a_batch_norm_is_absorbed(rank):
             module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 2), nn.init.normal_(module.bias)
     net.eval()
-    folded = absorb_norms(net, x)
+    folded = fold(net, x) if rank else absorb_norms(net, x)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     torch.testing.assert_close(folded(x), net(x), atol=1e-5, rtol=1e-5)
@@ -246,6 +248,35 @@ def test_converted_networks_start_as_they_were(name, where, count, rank, tmp_pat
         model.eval()
         save(model, tmp_path / "m.safetensors")
         torch.testing.assert_close(load(tmp_path / "m.safetensors")(x), model(x))
+
+
+def test_folded_networks_are_saved_and_loaded(tmp_path):
+    from convette.models import create_model, load, save
+    from convette.surgery import fold
+
+    model = to_quadratic(create_model("resnet20", num_classes=3, seed=0), 2)
+    x = torch.randn(2, 3, 16, 16)
+    model.train()(x)
+    folded = fold(model.eval(), x)
+    assert isinstance(folded.bn1, nn.Identity)
+    torch.testing.assert_close(folded(x), model(x), atol=1e-5, rtol=1e-5)
+    save(folded, tmp_path / "f.safetensors")
+    assert torch.equal(load(tmp_path / "f.safetensors")(x), folded(x))
+
+
+def test_a_norm_that_others_read_around_stays():
+    class Twice(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.conv, self.norm, self.shared = layer(1).float(), nn.BatchNorm2d(3), shared
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.norm(y) + (y if self.shared else self.norm(y))
+
+    x = torch.randn(1, 2, 5, 4)
+    for shared in (True, False):
+        assert isinstance(absorb_norms(Twice(shared), x).norm, nn.BatchNorm2d)
 
 
 def test_refusals_and_the_warning():

@@ -372,24 +372,12 @@ def absorb_norms(model: nn.Module, example: Any) -> nn.Module:
     """Return a copy of `model` in eval mode in which batch norms right behind quadratic convolutions are absorbed.
 
     Found by a run on `example`: the norm must be all that reads the convolution's result. Outputs stay equal.
+    `convette.fold` does this among its other folds.
     """
     import copy
 
-    from convette.layers._modules import replace_modules
-    from convette.surgery._dataflow import dataflow
+    from convette.surgery import absorb_edits, apply
 
     model = copy.deepcopy(model).eval()
-    nodes = dataflow(model, example)
-    modules = dict(model.named_modules())
-    times = [node.module for node in nodes if node.name == "batch_norm"]
-    chosen: dict[int, nn.Module] = {}
-    for node in nodes:
-        norm = modules.get(node.module)
-        if node.name != "batch_norm" or not isinstance(norm, nn.BatchNorm2d) or times.count(node.module) > 1:
-            continue
-        source = nodes[node.sources[0]] if node.sources and node.sources[0] >= 0 else None
-        form = modules.get(source.module) if source is not None else None
-        if source is None or not isinstance(form, QuadraticConv2d) or len(source.readers) != 1:
-            continue
-        chosen[id(form)], chosen[id(norm)] = form.absorb(norm), nn.Identity()
-    return replace_modules(model, lambda _, module: chosen.get(id(module)))
+    apply(model, *absorb_edits(model, example))
+    return model
