@@ -20,6 +20,7 @@ from convette.pruning.criteria import (
     activation_mean,
     activation_rank,
     apoz,
+    blend,
     bn_scale,
     channel_utility,
     discriminant_information,
@@ -42,6 +43,7 @@ from convette.pruning.criteria import (
     taylor,
     trajectory,
 )
+from convette.pruning.criteria.criteria_blending import Blend, blend_search, criteria_agreement
 from convette.pruning.criteria.discriminant_information import discriminant_value
 from convette.pruning.criteria.feature_map_information import LayerRemoval, layer_information, remove_layers
 from convette.pruning.gradual import GradualPruning
@@ -55,6 +57,7 @@ __all__ = [
     "ALLOCATIONS",
     "CRITERIA",
     "RECOVERY",
+    "Blend",
     "GradualPruning",
     "LayerRemoval",
     "PruneResult",
@@ -66,9 +69,12 @@ __all__ = [
     "activation_mean",
     "activation_rank",
     "apoz",
+    "blend",
+    "blend_search",
     "bn_scale",
     "channel_utility",
     "check_budget",
+    "criteria_agreement",
     "discriminant_information",
     "discriminant_value",
     "exact",

@@ -17,6 +17,7 @@ from convette.pruning.criteria.activation_rank import activation_rank
 from convette.pruning.criteria.apoz import apoz
 from convette.pruning.criteria.bn_scale import bn_scale
 from convette.pruning.criteria.channel_utility import channel_utility
+from convette.pruning.criteria.criteria_blending import blend
 from convette.pruning.criteria.discriminant_information import discriminant_information
 from convette.pruning.criteria.feature_map_information import feature_map_information
 from convette.pruning.criteria.fisher import fisher
@@ -40,6 +41,7 @@ __all__ = [
     "activation_mean",
     "activation_rank",
     "apoz",
+    "blend",
     "bn_scale",
     "channel_utility",
     "check_options",
@@ -69,6 +71,7 @@ CRITERIA: dict[str, str] = {
     "activation_mean": f"{_HERE}.activation_mean:activation_mean",
     "activation_rank": f"{_HERE}.activation_rank:activation_rank",
     "apoz": f"{_HERE}.apoz:apoz",
+    "blend": f"{_HERE}.criteria_blending:blend",
     "bn_scale": f"{_HERE}.bn_scale:bn_scale",
     "channel_utility": f"{_HERE}.channel_utility:channel_utility",
     "discriminant_information": f"{_HERE}.discriminant_information:discriminant_information",
@@ -95,6 +98,7 @@ NEED_DATA = frozenset(
         "activation_mean",
         "activation_rank",
         "apoz",
+        "blend",
         "channel_utility",
         "discriminant_information",
         "feature_map_information",
