@@ -311,3 +311,12 @@ def test_methods_refuse_what_is_no_schedule():
     ):
         with pytest.raises(UsageError):
             build()
+
+
+def test_untied_streams_are_cut_layer_by_layer(deep):
+    example = torch.randn(1, 1, 8, 8)
+    result = prune(deep, example, "macs<=60%", PruneSettings(steps=2, epochs=0, untie=True, criterion="random"))
+    assert result.met and "untie" in [edit.to_json()["kind"] for edit in structure_log(result.model).edits]
+    inner = {result.widths[f"blocks.{number}.second"][1] for number in range(4)}
+    assert len(inner) > 1  # tied, all of them would keep the same channels
+    assert result.model(example).shape == (1, 10)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convette.surgery import Remove, apply, removable
+from convette.surgery import Remove, apply, removable, trace, untie
 
 
 def allowance(network: nn.Module, example: Any, share: float | int) -> int:
@@ -24,6 +24,12 @@ def drop_blocks(network: nn.Module, blocks: Sequence[str]) -> nn.Module:
     """Leave `blocks` out of `network`, in place, logged as `Remove` edits."""
     for name in blocks:
         apply(network, Remove(name))
+    return network
+
+
+def untied(network: nn.Module, example: Any) -> nn.Module:
+    """Un-tie the residual streams of `network`, in place, logged as an edit; `StructureError` where it has none."""
+    apply(network, untie(trace(network, example)))
     return network
 
 

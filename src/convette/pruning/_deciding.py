@@ -11,7 +11,7 @@ from torch.nn import functional
 from convette._progress import note
 from convette.cost import Budget, Cost, Limit
 from convette.errors import BudgetError
-from convette.pruning._blocks import allowance, least_missed, without_blocks
+from convette.pruning._blocks import allowance, least_missed, untied, without_blocks
 from convette.pruning._candidate import (
     Candidate,
     Selection,
@@ -58,13 +58,14 @@ def decide(run: "Run", network: nn.Module) -> Decision:
 
 def smallest_cost(run: "Run") -> Cost:
     """Return the cost of the smallest network that `run` could end with; `BudgetError` if it misses the budget."""
+    network = untied(copy.deepcopy(run.parent), run.example) if run.settings.untie else run.parent
     try:
-        return check_reachable(_candidate(run, run.parent), run.budget, run.start, run.measured)
+        return check_reachable(_candidate(run, network), run.budget, run.start, run.measured)
     except BudgetError:
-        blocks = _order(run, run.parent)
+        blocks = _order(run, network)
         if not blocks:
             raise
-        return check_reachable(_candidate(run, without_blocks(run.parent, blocks)), run.budget, run.start, run.measured)
+        return check_reachable(_candidate(run, without_blocks(network, blocks)), run.budget, run.start, run.measured)
 
 
 def _candidate(run: "Run", network: nn.Module) -> Candidate:

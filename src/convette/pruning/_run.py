@@ -15,7 +15,7 @@ from convette.cost import Budget, Cost, LatencyTable, Limit, count
 from convette.data import ImageData
 from convette.errors import UsageError
 from convette.pruning import allocation, criteria
-from convette.pruning._blocks import drop_blocks
+from convette.pruning._blocks import drop_blocks, untied
 from convette.pruning._candidate import cut
 from convette.pruning._deciding import Decision, decide, say, smallest_cost
 from convette.pruning._distributed import copy_from_main_rank, decided_by_main_rank
@@ -90,6 +90,7 @@ class Run:
         network = copy.deepcopy(self.parent)
         state = self.store.load(network)
         if state is None:
+            network = untied(network, self.example) if self.settings.untie else network
             self.records.append(StepRecord(0, self.start, self.units(network)))
             return network
         set_card(network, ModelCard.from_json(state.facts["card"]))

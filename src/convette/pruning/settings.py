@@ -27,6 +27,8 @@ class PruneSettings:
       `epochs`: by many small cuts (`GradualPruning`), by a growing decay of what is cut later
       (`GrowingRegularization`), by masks that units may come back from (`SoftPruning`).
     - `steps`: the cost falls in this many steps, each by the same factor; scores are taken anew at each. 1: one shot.
+    - `untie`: residual streams are un-tied first (`convette.surgery.untie`): each layer then chooses on its own which
+      channels of a stream it writes and reads, at the price of gathers and scatters.
     - `blocks`: this share of the blocks that can be left out (input and output alike) may go before the first cut: as
       many as the budget cannot do without, and, with data, as many as leave the lower loss at the budget.
     - `epochs`: recovery by training, over the whole run: every step gets ``epochs // steps``, the last the rest as
@@ -56,6 +58,7 @@ class PruneSettings:
     allocation: str = "global"
     schedule: Literal["iterative", "gradual", "growing", "soft"] = "iterative"
     steps: int = 5
+    untie: bool = False
     blocks: float | int = 0.0
     epochs: int = 3
     redistribute: bool = False
