@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from convette.errors import UsageError
 from convette.layers._folding import Stays
-from convette.layers.normalization._moments import in_full
+from convette.layers.normalization._moments import in_full, moments
 
 # Deviations below this count as 1: a constant row stays a row of zeros.
 _FLAT = 1e-4
@@ -25,10 +25,11 @@ TEMPLATES: dict[str, tuple[tuple[int, int], ...]] = {
 def _standardised(x: Tensor, dim: int) -> Tensor:
     if x.shape[dim] < 2:
         return torch.zeros_like(x)
-    var, mean = torch.var_mean(x, dim, correction=1, keepdim=True)
+    mean, var = moments(x, (dim,))
+    var = var * (x.shape[dim] / (x.shape[dim] - 1))
     flat = var < _FLAT**2
     # where before the root: its slope at 0 is infinite.
-    return (x - mean) / torch.where(flat, 1.0, var).sqrt()
+    return (x - mean) * torch.where(flat, 1.0, var).rsqrt()
 
 
 class BilinearNorm(nn.Module):

@@ -12,7 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from convette.errors import UsageError
 from convette.layers._folding import Stays
 from convette.layers._modules import replace_modules
-from convette.layers.normalization._moments import Moments, check_batch, in_full, normalise, running_factor, track
+from convette.layers.normalization._moments import (
+    Moments,
+    channel_moments,
+    check_batch,
+    in_full,
+    normalise,
+    running_factor,
+    track,
+)
 
 
 def inliers(
@@ -24,9 +32,13 @@ def inliers(
     are outliers (for inputs that are never negative). No gradient. By Chebyshev at most ``1 / T²`` are outliers.
     """
     values = in_full(x.detach())
-    axes = (0, *range(2, x.ndim))
-    var, mean = torch.var_mean(values, axes, correction=1, keepdim=True)
-    return _within(values, Moments(mean, var), threshold, eps, one_sided)
+    return _within(values, _unbiased(channel_moments(values), x.numel() / x.shape[1]), threshold, eps, one_sided)
+
+
+def _unbiased(found: Moments, count: Tensor | float) -> Moments:
+    """Return moments whose variance is divided by one less than the number of values."""
+    number = torch.as_tensor(count, dtype=found.var.dtype, device=found.var.device)
+    return Moments(found.mean, found.var * (number / (number - 1).clamp_min(1)))
 
 
 def _within(values: Tensor, moments: Moments, threshold: float, eps: float, one_sided: bool) -> Tensor:
@@ -48,21 +60,24 @@ def filtered_moments(
     Gradients go through the kept values only.
     """
     values = in_full(x)
-    axes = (0, *range(2, x.ndim))
-    inside = inliers(x, threshold, eps, one_sided=one_sided)
+    around = _unbiased(channel_moments(values.detach()), x.numel() / x.shape[1])
+    inside = _within(values.detach(), around, threshold, eps, one_sided)
     for _ in range(iterations - 1):
-        kept, count = _masked_moments(values.detach(), inside, axes)
-        unbiased = kept.var * (count / (count - 1).clamp_min(1))
-        inside = _within(values.detach(), Moments(kept.mean, unbiased), threshold, eps, one_sided)
-    return _masked_moments(values, inside, axes)
+        kept, count = _masked_moments(values.detach(), inside, around.mean)
+        around = _unbiased(kept, count)
+        inside = _within(values.detach(), around, threshold, eps, one_sided)
+    return _masked_moments(values, inside, around.mean)
 
 
-def _masked_moments(values: Tensor, inside: Tensor, axes: tuple[int, ...]) -> tuple[Moments, Tensor]:
+def _masked_moments(values: Tensor, inside: Tensor, shift: Tensor) -> tuple[Moments, Tensor]:
+    """Return the moments of the values inside and their number, in one pass around `shift`, which is near the mean."""
+    axes = (0, *range(2, values.ndim))
     count = inside.sum(axes, keepdim=True).to(values.dtype)
     # where, not a product: an infinite outlier times 0 is no number.
-    mean = torch.where(inside, values, 0.0).sum(axes, keepdim=True) / count
-    var = torch.where(inside, values - mean, 0.0).square().sum(axes, keepdim=True) / count
-    return Moments(mean, var), count
+    distance = torch.where(inside, values - shift, 0.0)
+    rest = distance.sum(axes, keepdim=True) / count
+    var = (distance.square().sum(axes, keepdim=True) / count - rest.square()).clamp_min(0)
+    return Moments(shift + rest, var), count
 
 
 def truncated_variance(threshold: float) -> float:

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from convette.errors import UsageError
 from convette.layers._folding import Stays
 from convette.layers._modules import replace_modules
-from convette.layers.normalization._moments import check_maps
+from convette.layers.normalization._moments import (
+    Moments,
+    batch_moments,
+    check_maps,
+    instance_moments,
+    normalise,
+    running_factor,
+    track,
+)
 from convette.layers.normalization._residual import TailNormBlock, check_plain, residual_blocks
 
 Kind = Literal["a", "b"]
@@ -96,10 +104,31 @@ class IBN(nn.Module):
         if self.IN is None and self.BN is not None:
             return self.BN(x)
         assert self.IN is not None and self.BN is not None
+        if self.training and isinstance(self.BN, nn.BatchNorm2d):
+            return self._one_pass(x, self.IN, self.BN)
         if self.order == "in-first":
             return torch.cat([self.IN(x[:, : self.instances]), self.BN(x[:, self.instances :])], 1)
         rest = x.shape[1] - self.instances
         return torch.cat([self.BN(x[:, :rest]), self.IN(x[:, rest:])], 1)
+
+    def _one_pass(self, x: Tensor, first: nn.InstanceNorm2d, other: nn.BatchNorm2d) -> Tensor:
+        """Return what both parts give in training, from one pass for all moments and one to normalise."""
+        found = instance_moments(x)
+        in_front = self.order == "in-first"
+        cut = self.instances if in_front else x.shape[1] - self.instances
+        parts = [Moments(found.mean[:, :cut], found.var[:, :cut]), Moments(found.mean[:, cut:], found.var[:, cut:])]
+        own, rest = parts if in_front else parts[::-1]
+        batch = batch_moments(rest)
+        if other.running_mean is not None and other.running_var is not None:
+            values = x.shape[0] * x.shape[2] * x.shape[3]
+            track(other.running_mean, other.running_var, batch, values, running_factor(other))
+        shared = Moments(batch.mean.expand_as(rest.mean), batch.var.expand_as(rest.var))
+        one, two = (own, shared) if in_front else (shared, own)
+        mean, var = torch.cat([one.mean, two.mean], 1), torch.cat([one.var, two.var], 1)
+        norms = (first, other) if in_front else (other, first)
+        weight = torch.cat([norm.weight for norm in norms])
+        bias = torch.cat([norm.bias for norm in norms])
+        return normalise(x, Moments(mean, var), first.eps, weight, bias)
 
     @torch.no_grad()
     def take_over(self, old: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from convette.errors import UsageError
-from convette.layers.normalization._moments import in_full
+from convette.layers.normalization._moments import in_full, instance_moments
 
 Mix = Literal["random", "crossdomain"]
 
@@ -25,12 +25,13 @@ def mix_style(x: Float[Tensor, "n c h w"], order: Tensor, lam: Tensor, eps: floa
     precision. `order` (n,) holds indices, `lam` numbers in 0..1 that broadcast against (n, 1, 1, 1).
     """
     values = in_full(x)
-    var, mean = torch.var_mean(values.detach(), (2, 3), correction=1, keepdim=True)
-    deviation = (var + eps).sqrt()
+    mean, var = instance_moments(values.detach())
+    space = x.shape[2] * x.shape[3]
+    deviation = (var * (space / (space - 1)) + eps).sqrt()
     lam = lam.to(values.dtype)
     mixed_mean = lam * mean + (1 - lam) * mean[order]
     mixed_deviation = lam * deviation + (1 - lam) * deviation[order]
-    return ((values - mean) / deviation * mixed_deviation + mixed_mean).to(x.dtype)
+    return torch.addcmul(mixed_mean, values - mean, mixed_deviation / deviation).to(x.dtype)
 
 
 class MixStyle(nn.Module):
