@@ -68,6 +68,13 @@ ENGINES: dict[str, Engine] = {
         precisions=("fp32",),
         general=False,
     ),
+    "sparse": Engine(
+        title="1x1 convolutions with more than two thirds of zeros as sparse products, PyTorch for the rest",
+        module="convette.runtime.fast_sparse_convnets",
+        devices=("cpu",),
+        precisions=("fp32",),
+        general=False,
+    ),
 }
 
 

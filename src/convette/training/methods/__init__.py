@@ -6,6 +6,7 @@
 from convette.training.methods._finding import check_options, find_method, make_method, methods_of, with_own
 from convette.training.methods.binary_networks import LatentWeights
 from convette.training.methods.consistent_normalization import ConsistentTraining
+from convette.training.methods.fast_sparse_convnets import SparseTraining
 from convette.training.methods.norm_loss import NormLossTraining
 from convette.training.methods.quantization_aware import QuantizationAware
 from convette.training.methods.skewness_batch_norm import AnnealSkewness
@@ -18,6 +19,7 @@ __all__ = [
     "NormLossTraining",
     "QuantizationAware",
     "SparseSwitch",
+    "SparseTraining",
     "check_options",
     "find_method",
     "make_method",
