@@ -274,14 +274,14 @@ def test_it_learns_digits():
     model = poincare_resnet(8, (4, 8, 16), in_channels=1)
     optimizer = torch.optim.Adam(model.parameters(), 5e-3, weight_decay=1e-4)
     losses = []
-    for step in range(30):
-        part = slice(64 * (step % 10), 64 * (step % 10) + 64)
+    for step in range(20):
+        part = slice(32 * step, 32 * step + 32)
         loss = functional.cross_entropy(model(images[part]), labels[part])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
 def test_refusals():

@@ -1,14 +1,13 @@
 """Layers and networks on the Poincaré ball."""
 
 from convette.layers.hyperbolic._ball import PoincareBall
-from convette.layers.hyperbolic._network import PoincareBlock, PoincareResNet, poincare_resnet
+from convette.layers.hyperbolic._network import PoincareBlock, PoincareResNet, poincare_resnet, to_poincare
 from convette.layers.hyperbolic.poincare_resnet import (
     PoincareAdd,
     PoincareBatchNorm2d,
     PoincareConv2d,
     PoincareLinear,
     beta_ratio,
-    to_poincare,
 )
 
 __all__ = [

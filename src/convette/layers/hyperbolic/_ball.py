@@ -144,34 +144,32 @@ class PoincareBall:
         r"""Return :math:`\lambda_x`, with length 1 along `dim`."""
         return 2 / (1 - self.c * _dot(x, x, dim)).clamp_min(1e-15)
 
-    def add(self, x: Float[Tensor, "*#shape"], y: Float[Tensor, "*#shape"], dim: int = -1) -> Float[Tensor, "*out"]:
+    def add(self, x: Float[Tensor, "..."], y: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
         r"""Return the Möbius sum :math:`x \oplus y`."""
         x, y = torch.broadcast_tensors(x, y)
         if _by_hand(x, y):
             return _MobiusAdd.apply(x, y, self.c, dim)  # type: ignore[return-value]
         return _mobius(x, y, self.c, dim)
 
-    def exp(self, x: Float[Tensor, "*#shape"], v: Float[Tensor, "*#shape"], dim: int = -1) -> Float[Tensor, "*out"]:
+    def exp(self, x: Float[Tensor, "..."], v: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
         r"""Return the point that tangent `v` at `x` leads to: :math:`x \oplus \exp_0(\lambda_x v / 2)`."""
         return self.add(x, self.exp0(self.conformal(x, dim) / 2 * v, dim), dim)
 
-    def log(self, x: Float[Tensor, "*#shape"], y: Float[Tensor, "*#shape"], dim: int = -1) -> Float[Tensor, "*out"]:
+    def log(self, x: Float[Tensor, "..."], y: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
         r"""Return the tangent at `x` that leads to `y`: :math:`2/\lambda_x \log_0(-x \oplus y)`."""
         return 2 / self.conformal(x, dim) * self.log0(self.add(-x, y, dim), dim)
 
-    def distance(
-        self, x: Float[Tensor, "*#shape"], y: Float[Tensor, "*#shape"], dim: int = -1
-    ) -> Float[Tensor, "*reduced"]:
+    def distance(self, x: Float[Tensor, "..."], y: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "*reduced"]:
         r"""Return :math:`2/\sqrt c\; \mathrm{atanh}(\sqrt c|-x \oplus y|)`, with length 1 along `dim`."""
         return 2 * self.log0(self.add(-x, y, dim), dim).norm(dim=dim, keepdim=True)
 
     def gyrate(
         self,
-        u: Float[Tensor, "*#shape"],
-        v: Float[Tensor, "*#shape"],
-        w: Float[Tensor, "*#shape"],
+        u: Float[Tensor, "..."],
+        v: Float[Tensor, "..."],
+        w: Float[Tensor, "..."],
         dim: int = -1,
-    ) -> Float[Tensor, "*out"]:
+    ) -> Float[Tensor, "..."]:
         r"""Return :math:`\mathrm{gyr}[u, v] w = -(u \oplus v) \oplus (u \oplus (v \oplus w))`: a rotation of w."""
         c = self.c
         uu, vv, uv = _dot(u, u, dim), _dot(v, v, dim), _dot(u, v, dim)
@@ -182,18 +180,18 @@ class PoincareBall:
 
     def transport(
         self,
-        x: Float[Tensor, "*#shape"],
-        y: Float[Tensor, "*#shape"],
-        v: Float[Tensor, "*#shape"],
+        x: Float[Tensor, "..."],
+        y: Float[Tensor, "..."],
+        v: Float[Tensor, "..."],
         dim: int = -1,
-    ) -> Float[Tensor, "*out"]:
+    ) -> Float[Tensor, "..."]:
         """Return the tangent `v` at `x` carried to `y` along the geodesic: lengths stay."""
         return self.gyrate(y, -x, v, dim) * self.conformal(x, dim) / self.conformal(y, dim)
 
     def midpoint(self, x: Float[Tensor, "*shape"], over: tuple[int, ...], dim: int = -1) -> Float[Tensor, "*mean"]:
         """Return the gyromidpoint of the points along the axes `over`, kept with length 1: in one pass, closed form."""
         weights = self.conformal(x, dim) / 2
-        count = math.prod(x.shape[axis] for axis in over)
+        count = math.prod([x.shape[axis] for axis in over])
         sums = (weights * x).sum(over, keepdim=True)
         mean = sums / (weights.sum(over, keepdim=True) - count / 2).clamp_min(1e-15)
         gamma = (1 - self.c * _dot(mean, mean, dim)).clamp_min(1e-15).rsqrt()

@@ -1,4 +1,6 @@
-"""The Poincaré ResNet as a whole network."""
+"""Whole networks of the ball: the Poincaré ResNet, and others made hyperbolic."""
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -6,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.errors import UsageError
+from convette.layers._modules import replace_modules
 from convette.layers.hyperbolic.poincare_resnet import (
     PoincareAdd,
     PoincareBatchNorm2d,
@@ -106,3 +109,38 @@ def poincare_resnet(
 ) -> PoincareResNet:
     """Return a Poincaré ResNet (arXiv 2303.14027); see `PoincareResNet`."""
     return PoincareResNet(depth, widths, num_classes, in_channels, c=c, init=init)
+
+
+def to_poincare(model: nn.Module, c: float = 0.1, init: str = "dirac", *, keep: bool = False) -> nn.Module:
+    """Replace the convolutions, batch norms and linear layers of `model` by those of the ball; in place, returns it.
+
+    Grouped and dilated convolutions stay, and so do the sums of shortcuts, which add tangents (the first order of
+    Möbius addition): a network of the ball throughout is `poincare_resnet`. With `keep` the weights are taken over in
+    their flat limit. Raises `UsageError` where there is nothing to replace.
+    """
+    done: list[str] = []
+
+    def form(name: str, module: nn.Module) -> nn.Module | None:
+        new: nn.Module
+        if type(module) is nn.Conv2d and module.groups == 1 and module.dilation == (1, 1):
+            if module.padding_mode != "zeros" or isinstance(module.padding, str):
+                return None
+            size: Any = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
+            new = PoincareConv2d(*size, bias=module.bias is not None, c=c, init=init)
+        elif type(module) is nn.BatchNorm2d:
+            new = PoincareBatchNorm2d(module.num_features, c=c)
+        elif type(module) is nn.Linear:
+            new = PoincareLinear(module.in_features, module.out_features, module.bias is not None, c=c, init=init)
+        else:
+            return None
+        done.append(name)
+        weight = next(module.parameters(), None)
+        new = new if weight is None else new.to(device=weight.device, dtype=weight.dtype)
+        if keep and isinstance(new, PoincareConv2d | PoincareLinear):
+            new.take_over(module)
+        return new.train(module.training)
+
+    result = replace_modules(model, form)
+    if not done:
+        raise UsageError(f"to_poincare: {type(model).__name__} has no layer of one group to replace.")
+    return result

@@ -16,7 +16,6 @@ from torch.nn import functional
 from convette.errors import UsageError
 from convette.layers._checks import check_batch_norm, check_maps
 from convette.layers._folding import Stays
-from convette.layers._modules import replace_modules
 from convette.layers.hyperbolic._ball import PoincareBall, margin, tiny
 
 INITS = ("dirac", "eye", "normal")
@@ -113,8 +112,9 @@ class PoincareLinear(nn.Module):
         return _full(self._forward, input)
 
     def _forward(self, x: Tensor) -> Tensor:
-        products = functional.linear(x, self.weight)
-        return _connected(products, x.square().sum(1, keepdim=True), self.weight.norm(dim=1), self.bias, self.ball.c)
+        weight, offsets = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        products = functional.linear(x, weight)
+        return _connected(products, x.square().sum(1, keepdim=True), weight.norm(dim=1), offsets, self.ball.c)
 
     @torch.no_grad()
     def take_over(self, old: nn.Module) -> None:
@@ -215,11 +215,12 @@ class PoincareConv2d(nn.Module):
         return _full(self._forward, input)
 
     def _forward(self, x: Tensor) -> Tensor:
-        products = self.ratio * functional.conv2d(x, self.weight, None, self.stride, self.padding)
+        weight, offsets = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        products = self.ratio * functional.conv2d(x, weight, None, self.stride, self.padding)
         taps = math.prod(self.kernel_size)
         squares = x.square().sum(1, keepdim=True)
         squares = functional.avg_pool2d(squares, self.kernel_size, self.stride, self.padding) * (taps * self.ratio**2)
-        return _connected(products, squares, self.weight.flatten(1).norm(dim=1), self.bias, self.ball.c)
+        return _connected(products, squares, weight.flatten(1).norm(dim=1), offsets, self.ball.c)
 
     @torch.no_grad()
     def take_over(self, old: nn.Module) -> None:
@@ -350,19 +351,19 @@ class PoincareBatchNorm2d(nn.Module):
         if self.training:
             mean = ball.midpoint(points, (0, 2, 3), 1)
         else:
-            mean = ball.exp0(self.running_mean.view(1, -1, 1, 1), 1)
+            mean = ball.exp0(self.running_mean.to(x.dtype).view(1, -1, 1, 1), 1)
         # Half of each tangent at the midpoint, times its conformal factor: half the distance long.
         tangents = ball.log0(ball.add(-mean, points, 1), 1)
         if self.training:
             variance = 4 * tangents.square().sum(1).mean()
             self._track(ball.log0(mean, 1).flatten(), variance)
         else:
-            variance = self.running_var
+            variance = self.running_var.to(x.dtype)
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is None or self.bias is None:
             return tangents * scale
-        aim = ball.exp0(self.bias.view(1, -1, 1, 1), 1)
-        turned = ball.gyrate(aim, -mean, tangents, 1) * (scale * self.weight.clamp_min(0).sqrt())
+        aim = ball.exp0(self.bias.to(x.dtype).view(1, -1, 1, 1), 1)
+        turned = ball.gyrate(aim, -mean, tangents, 1) * (scale * self.weight.to(x.dtype).clamp_min(0).sqrt())
         return ball.log0(ball.add(aim, ball.exp0(turned, 1), 1), 1)
 
     @torch.no_grad()
@@ -403,38 +404,3 @@ class PoincareAdd(nn.Module):
             return ball.log0(ball.add(ball.exp0(one, 1), ball.exp0(pair[1].to(one.dtype), 1), 1), 1)
 
         return _full(added, pair[0])
-
-
-def to_poincare(model: nn.Module, c: float = 0.1, init: str = "dirac", *, keep: bool = False) -> nn.Module:
-    """Replace the convolutions, batch norms and linear layers of `model` by those of the ball; in place, returns it.
-
-    Grouped and dilated convolutions stay, and so do the sums of shortcuts, which add tangents (the first order of
-    Möbius addition): a network of the ball throughout is `poincare_resnet`. With `keep` the weights are taken over in
-    their flat limit. Raises `UsageError` where there is nothing to replace.
-    """
-    done: list[str] = []
-
-    def form(name: str, module: nn.Module) -> nn.Module | None:
-        new: nn.Module
-        if type(module) is nn.Conv2d and module.groups == 1 and module.dilation == (1, 1):
-            if module.padding_mode != "zeros" or isinstance(module.padding, str):
-                return None
-            size: Any = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
-            new = PoincareConv2d(*size, bias=module.bias is not None, c=c, init=init)
-        elif type(module) is nn.BatchNorm2d:
-            new = PoincareBatchNorm2d(module.num_features, c=c)
-        elif type(module) is nn.Linear:
-            new = PoincareLinear(module.in_features, module.out_features, module.bias is not None, c=c, init=init)
-        else:
-            return None
-        done.append(name)
-        weight = next(module.parameters(), None)
-        new = new if weight is None else new.to(device=weight.device, dtype=weight.dtype)
-        if keep and isinstance(new, PoincareConv2d | PoincareLinear):
-            new.take_over(module)
-        return new.train(module.training)
-
-    result = replace_modules(model, form)
-    if not done:
-        raise UsageError(f"to_poincare: {type(model).__name__} has no layer of one group to replace.")
-    return result
