@@ -264,3 +264,44 @@ def test_what_does_not_fit_leaves_the_model_alone():
             surgery.grow(graph, plan, mode)
     with pytest.raises(StructureError, match="mode"):
         surgery.grow(graph, {"pieces.0.first": 1}, "both")
+
+
+class Turned(nn.Module):
+    """Channels turned round, rotated and taken apart between the layers that make and read them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Conv2d(6, 4, 1)
+        self.d = nn.Conv2d(12, 5, 1)
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        if self.how == "flipped":
+            return self.c(y.flip(1))
+        if self.how == "flipped, depthwise":
+            return self.c(self.b(y.flip(1)))
+        if self.how == "both ways":
+            return self.d(torch.cat([y.flip(1), y], 1))
+        if self.how == "reversed halves":
+            left, right = y.chunk(2, 1)
+            return self.c(torch.cat([right.flip(1), left], 1))
+        left, right = torch.split(y, [2, y.shape[1] - 2], 1)
+        return self.c(torch.cat([right.flip(1), left], 1))
+
+
+@pytest.mark.parametrize("mode", ["split", "zero_in", "zero_out"])
+@pytest.mark.parametrize("how", ["flipped", "flipped, depthwise", "both ways", "reversed halves", "a part flipped"])
+def test_channels_that_are_turned_round_grow_in_the_right_place(how, mode):
+    torch.manual_seed(1)
+    model, images = randomise(Turned(how)), torch.randn(2, 3, 5, 4)
+    graph = surgery.trace(model, images)
+    group = max(graph, key=lambda group: group.size)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    edit = surgery.grow(graph, {group.name: [0, 0, 2] if group.size > 3 else [0, 2, 2]}, mode)
+    assert edit.preserves
+    surgery.apply(model, surgery.edit_from_json(json.loads(json.dumps(edit.to_json()))), example=images, prove=True)
+    wider = surgery.trace(model, images)
+    assert wider[group.name].size == group.size + 3
+    surgery.apply(model, *surgery.ungrow(wider, edit))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

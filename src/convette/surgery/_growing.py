@@ -12,6 +12,7 @@ from convette.surgery._graph import ChannelGraph
 from convette.surgery._groups import Group, Member
 from convette.surgery._grow import MODES, Grow, Scale, Widening, old_places
 from convette.surgery._labels import narrowed, normalised, varying
+from convette.surgery._realigning import realigned
 from convette.surgery._records import Layers, SizeCall
 from convette.surgery._shrinking import _follows_from_class, _new_groups, _probed, _static_attributes, shrink_edit
 from convette.surgery._sizes import Expectation, Sizes
@@ -62,7 +63,7 @@ def grow(
                 items[item.call] = (item, needed)
     if items and widened:
         edit = _probed(graph, edit, items)  # type: ignore[arg-type,assignment]
-    return _proved(graph, edit, exact, tolerance)  # type: ignore[arg-type]
+    return _proved(graph, edit, sources, exact, tolerance)  # type: ignore[arg-type]
 
 
 def _sources(group: Group, wanted: int | Sequence[int], draw: torch.Generator) -> list[list[int]]:
@@ -166,10 +167,19 @@ class Growth(Expectation):
         return None if bool((counts == 1).all()) else ((int(counts.sum()),),)
 
 
-def _proved(graph: ChannelGraph, edit: Grow, exact: bool, tolerance: float) -> Grow:
+def _proved(
+    graph: ChannelGraph, edit: Grow, sources: Mapping[str, list[list[int]]], exact: bool, tolerance: float
+) -> Grow:
     error = trial_error(graph.model, [edit], graph.example, tolerance)
     if error <= tolerance:
         return edit
+    again = realigned(graph, edit, sources)
+    if again is not None:
+        other = trial_error(graph.model, [again], graph.example, tolerance)
+        if other <= tolerance or other < error:
+            edit, error = again, other
+        if error <= tolerance:
+            return edit
     if not exact:
         return dataclasses.replace(edit, preserves=False)
     touched = [f"{name} in {module or 'the model'}" for name, module in graph.scopes]
