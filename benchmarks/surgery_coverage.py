@@ -2,6 +2,7 @@
 
     python benchmarks/surgery_coverage.py --all            # every family, about an hour on one core
     python benchmarks/surgery_coverage.py timm:resnet18    # some models, nothing written
+    python benchmarks/surgery_coverage.py --compare --all  # is a trace without values the same as one with them?
 
 A family is what timm's model list keeps in one module under one leading word (``resnet.py``: resnet, seresnet, ...),
 and what torchvision's list has under one leading word; its member is the one with the fewest parameters. Each model
@@ -14,7 +15,9 @@ of the whole network with the removed channels left out. Verdicts:
 - refused: an error that names the operator or the source line; the model is as before;
 - wrong: the outputs differ. There must be none.
 
-Writes benchmarks/results/surgery_coverage.json and docs/coverage.md.
+Writes benchmarks/results/surgery_coverage.json and docs/coverage.md. With ``--compare`` each model is only labelled,
+once by its shapes and once by a run with values, and the two graphs must be the same in every group, index and note;
+that writes benchmarks/results/surgery_values.json.
 """
 
 import argparse
@@ -35,6 +38,7 @@ from convette._provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "surgery_coverage.json"
+COMPARED = ROOT / "benchmarks" / "results" / "surgery_values.json"
 PAGE = ROOT / "docs" / "coverage.md"
 SECONDS = 180
 DETECTORS = ("rcnn", "retinanet", "fcos", "ssd")
@@ -214,6 +218,30 @@ def one(name: str) -> dict:
     return row
 
 
+def compared(name: str) -> dict:
+    """Label one model with and without values; return whether that is the same, and the seconds of each."""
+    from convette.surgery import trace
+    from convette.surgery._comparing import difference
+
+    warnings.filterwarnings("ignore")
+    resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = build(name).eval()
+    randomise(model)
+    example = example_for(name, model)
+    trace(model, example)
+    seconds, graphs = [], []
+    for values in (False, True):
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        graphs.append(trace(model, example, values=values))
+        seconds.append(time.perf_counter() - start)
+    different = difference(*graphs)
+    row = {"model": name, "result": "different" if different else "same", "reason": different}
+    return row | {"without_s": seconds[0], "with_s": seconds[1], "needs_values": graphs[0].records.needed}
+
+
 def in_double(name: str, selection: dict, example) -> float:
     """Prove the same selection in float64."""
     from convette.surgery import apply, trace
@@ -247,10 +275,10 @@ def in_double(name: str, selection: dict, example) -> float:
     return max(map(relative_error, expected, got))
 
 
-def in_process(name: str) -> dict:
-    """Run `one` in a process of its own, forked so that nothing is imported again; errors there become a row."""
+def in_process(name: str, task=one) -> dict:
+    """Run `task` in a process of its own, forked so that nothing is imported again; errors there become a row."""
     results = multiprocessing.get_context("fork").Queue()
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(name, results))
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(name, results, task))
     child.start()
     try:
         return results.get(timeout=SECONDS)
@@ -261,9 +289,9 @@ def in_process(name: str) -> dict:
         child.join()
 
 
-def _child(name: str, results: multiprocessing.Queue) -> None:
+def _child(name: str, results: multiprocessing.Queue, task) -> None:
     try:
-        results.put(one(name))
+        results.put(task(name))
     except BaseException as error:
         text = (str(error) or "no message").splitlines()[0]
         results.put({"model": name, "result": "no verdict", "reason": f"{type(error).__name__}: {text}"[:300]})
@@ -280,6 +308,28 @@ def line_of(row: dict) -> str:
         else row.get("reason", "")
     )
     return f"{row['model']:45s} {row['result']:8s} {numbers}"
+
+
+def compare(names: list[str], write: bool) -> None:
+    """Compare traces with and without values of many models."""
+    start, rows = time.time(), []
+    for name in names:
+        rows.append(in_process(name, compared))
+        row = rows[-1]
+        if row["result"] in ("same", "different"):
+            print(
+                f"{name:45s} {row['result']:9s} without {row['without_s']:.3f} s  with {row['with_s']:.3f} s  "
+                f"{row['needs_values']} {row['reason']}",
+                flush=True,
+            )
+        else:
+            print(f"{name:45s} {row['result']} {row['reason']}", flush=True)
+    counts = {key: sum(row["result"] == key for row in rows) for key in ("same", "different", "no verdict")}
+    counts["need values"] = sum(bool(row.get("needs_values")) for row in rows)
+    print(counts)
+    if write:
+        what = "labels found from shapes alone, compared with labels found in a run with values"
+        write_json(COMPARED, {"what": what, **provenance(time.time() - start), "counts": counts, "results": rows})
 
 
 def page(results: list[dict], about: dict) -> str:
@@ -323,6 +373,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="one member of every family; writes the results")
     parser.add_argument("--again", nargs="*", metavar="RESULT", help="only models whose last result is one of these")
     parser.add_argument("--rest", action="store_true", help="with --all: keep the results there are, do the others")
+    parser.add_argument("--compare", action="store_true", help="compare traces with and without values, nothing else")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     start = time.time()
@@ -338,6 +389,9 @@ def main() -> None:
         names = [name for name in names if name not in rows]
     elif options.again is not None:
         names = [name for name, row in rows.items() if row["result"] in options.again]
+    if options.compare:
+        compare(names, options.all)
+        return
     every = sorted({*names, *rows})
     torch.set_num_threads(1)
     workers = concurrent.futures.ThreadPoolExecutor(options.workers)

@@ -12,7 +12,7 @@ from torch import Tensor
 Shape = tuple[int, ...] | None
 
 
-def _pair(value: Any, ndim: int) -> Sequence[int] | None:
+def _pair(value: Any, ndim: int) -> Sequence[Any] | None:
     if isinstance(value, int):
         return (value,) * ndim
     return value if isinstance(value, tuple | list) and len(value) == ndim else None

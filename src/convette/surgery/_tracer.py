@@ -86,7 +86,9 @@ class Tracer(TorchFunctionMode):
             # Made by something that is no PyTorch function (a compiled one, NumPy): a constant as far as one can see,
             # so that edits of this network are always tried by running it.
             self.records.unseen.add(self.stack[-1])
-        return Value((), True, -1)
+            if self.values is not None and tensor.is_meta:
+                raise NeedsValues("a tensor made by something that is no PyTorch function")
+        return _CONSTANT
 
     def mark(self, tensor: Tensor, value: Value) -> None:
         """Attach `value` to `tensor`."""
