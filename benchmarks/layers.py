@@ -24,7 +24,8 @@ from convette._files import write_json
 from convette._progress import note
 from convette._provenance import provenance
 from convette.cost import count
-from convette.models import create_model
+from convette.layers import Stays
+from convette.models import CifarResNet, create_model
 from convette.surgery import Conversion, convert_by, fold
 
 RESULT = Path(__file__).parent / "results/layers.json"
@@ -73,9 +74,18 @@ MAPS = (16, 32, 16, 16)
 def systems() -> dict[str, list[Case]]:
     """Return the cases of each system by slug."""
     from convette.layers.activation import ATAC, LateralInhibition2d
-    from convette.layers.attention import LightNonLocal2d, SoAG
-    from convette.layers.convolution import QuadraticConv2d
+    from convette.layers.attention import HigherOrderBlock, LightNonLocal2d, SoAG
+    from convette.layers.complex import ComplexConv2d
+    from convette.layers.convolution import FactorizedConv2d, QuadraticConv2d
+    from convette.layers.hyperbolic import PoincareConv2d
     from convette.layers.regularization import MaxDropout
+    from convette.layers.routing import CrossConnection
+
+    class Kept(FactorizedConv2d):
+        """What the layer costs as it is."""
+
+        def folded(self) -> nn.Module:
+            raise Stays("Measured as it is.")
 
     unit = "conv 3x3, norm, ReLU (32 ch., 16 px)"
     return {
@@ -133,6 +143,45 @@ def systems() -> dict[str, list[Case]]:
                 "ResNet-20",
                 "full form in the stem",
                 converted("resnet20", Conversion("to_quadratic", options={"rank": None})),
+            ),
+        ],
+        "tensor-compressed-convolution": [
+            Case(
+                "conv 3x3, 64 to 64 ch., 16 px",
+                f"R = {rank}, {'folded' if make is FactorizedConv2d else 'as it is'}",
+                lambda rank=rank, make=make: (nn.Conv2d(64, 64, 3, padding=1), make(64, 64, 3, padding=1, rank=rank)),
+                (16, 64, 16, 16),
+            )
+            for rank, make in ((1, Kept), (2, Kept), (4, Kept), (2, FactorizedConv2d))
+        ],
+        "higher-order-operations": [
+            Case(unit, "with a higher-order block", behind_convolution(lambda: HigherOrderBlock(32)), MAPS),
+            Case("ResNet-20", "behind every second block", converted("resnet20", Conversion("insert_higher_order"))),
+        ],
+        "cross-connections": [
+            Case(unit, "with connections, 2 x 16", behind_convolution(lambda: CrossConnection(16, 2)), MAPS),
+            Case("ResNet-20", "two paths", converted("resnet20", Conversion("multipath"))),
+        ],
+        "complex-convolution": [
+            Case(
+                "conv 3x3, 16 to 16 ch., 32 px",
+                "complex, 16 to 16 complex ch.",
+                lambda: (nn.Conv2d(16, 16, 3, padding=1), ComplexConv2d(16, 16, 3, padding=1, complexify="zero")),
+                (16, 16, 32, 32),
+            ),
+            Case("ResNet-20", "complex", converted("resnet20", Conversion("to_complex"))),
+        ],
+        "poincare-resnet": [
+            Case(
+                "conv 3x3, 16 to 16 ch., 32 px",
+                "on the ball",
+                lambda: (nn.Conv2d(16, 16, 3, padding=1), PoincareConv2d(16, 16, 3, padding=1)),
+                (16, 16, 32, 32),
+            ),
+            Case(
+                "ResNet-20, 8-16-32",
+                "Poincaré ResNet-20, 8-16-32",
+                lambda: (CifarResNet(20, widths=(8, 16, 32)), create_model("poincare_resnet20", seed=0)),
             ),
         ],
     }
