@@ -1,6 +1,8 @@
 """Exporting a network to a file that other engines run: ONNX or OpenVINO IR."""
 
+import contextlib
 import copy
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -292,14 +294,15 @@ def _captured(prepared: nn.Module, example: Tensor) -> torch.export.ExportedProg
     if example.shape[0] == 1:
         # A dimension of size one would be taken for a constant.
         example = torch.cat([example, example])
-    with _vendors.quiet(), torch.no_grad():
+    # The exporter prints the graph it has so far before it raises.
+    with _vendors.quiet(), torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
         try:
             batch = {0: torch.export.Dim.DYNAMIC}
             return torch.export.export(prepared, (example,), dynamic_shapes=(batch,), strict=False)
         except Exception as error:
             raise ConvetteError(
                 f"torch.export cannot capture {type(prepared).__name__} with a free batch size: "
-                f"{_vendors.one_line(error)}."
+                f"{surgery.raised_at(error)}: {_vendors.one_line(error).rstrip('.')}."
             ) from error
 
 
