@@ -61,23 +61,62 @@ def filtered_moments(
     """
     values = in_full(x)
     around = _unbiased(channel_moments(values.detach()), x.numel() / x.shape[1])
-    inside = _within(values.detach(), around, threshold, eps, one_sided)
     for _ in range(iterations - 1):
-        kept, count = _masked_moments(values.detach(), inside, around.mean)
+        kept, count = _masked_moments(values.detach(), around, threshold, eps, one_sided)
         around = _unbiased(kept, count)
-        inside = _within(values.detach(), around, threshold, eps, one_sided)
-    return _masked_moments(values, inside, around.mean)
+    if torch.is_grad_enabled() and values.requires_grad:
+        mean, var, count = _Filtered.apply(values, around.mean, around.var, threshold, eps, one_sided)  # type: ignore[misc]
+        return Moments(mean, var), count
+    return _masked_moments(values, around, threshold, eps, one_sided)
 
 
-def _masked_moments(values: Tensor, inside: Tensor, shift: Tensor) -> tuple[Moments, Tensor]:
-    """Return the moments of the values inside and their number, in one pass around `shift`, which is near the mean."""
+def _masked_moments(
+    values: Tensor, around: Moments, threshold: float, eps: float, one_sided: bool
+) -> tuple[Moments, Tensor]:
+    """Return the moments of the values within bounds around `around` and their number: one pass."""
     axes = (0, *range(2, values.ndim))
-    count = inside.sum(axes, keepdim=True).to(values.dtype)
-    # where, not a product: an infinite outlier times 0 is no number.
-    distance = torch.where(inside, values - shift, 0.0)
+    distance, inside = _bounded(values, around, threshold, eps, one_sided)
+    count = inside.sum(axes, keepdim=True)
+    distance = distance * inside
     rest = distance.sum(axes, keepdim=True) / count
     var = (distance.square().sum(axes, keepdim=True) / count - rest.square()).clamp_min(0)
-    return Moments(shift + rest, var), count
+    return Moments(around.mean + rest, var), count
+
+
+def _bounded(values: Tensor, around: Moments, threshold: float, eps: float, one_sided: bool) -> tuple[Tensor, Tensor]:
+    """Return distances from the mean, cut off at the bounds, and `_within` as numbers 0 and 1.
+
+    Cut off, as an infinite outlier times 0 is no number. Numbers, as compiled code stores and sums truth values one by
+    one, eight times as slowly.
+    """
+    bound = threshold * (around.var + eps).sqrt()
+    distance = values - around.mean
+    size = distance if one_sided else distance.abs()
+    inside = (bound - size).clamp_min(0).sign()
+    if math.isfinite(threshold):
+        distance = torch.minimum(torch.maximum(distance, -bound), bound) if not one_sided else distance.minimum(bound)
+    return distance, inside
+
+
+class _Filtered(torch.autograd.Function):
+    """`_masked_moments` with its backward pass in one go, in which the mask is constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, mean: Tensor, var: Tensor, threshold: float, eps: float, one_sided: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found, count = _masked_moments(values, Moments(mean, var), threshold, eps, one_sided)
+        ctx.save_for_backward(values, mean, var, found.mean, count)
+        ctx.bounds = threshold, eps, one_sided
+        ctx.mark_non_differentiable(count)
+        return found.mean, found.var, count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, mean, var, found, count = ctx.saved_tensors
+        distance, inside = _bounded(values, Moments(mean, var), *ctx.bounds)
+        slope = torch.addcmul(grads[0] / count, distance + (mean - found), 2 * grads[1] / count)
+        return slope * inside, None, None, None, None, None
 
 
 def truncated_variance(threshold: float) -> float:
