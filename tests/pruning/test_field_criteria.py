@@ -1,5 +1,7 @@
 """The criteria of the field: second order, activations, distances; and what all criteria leave as it was."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -212,3 +214,8 @@ def test_poor_calibration_data_gives_numbers_or_one_line(network, graph, name):
     for nothing in (None, []):
         with pytest.raises(UsageError, match=f"{name} needs calibration"):
             score_units(name, network, graph, nothing)
+
+
+def test_the_table_of_criteria_lists_them_all():
+    table = (Path(__file__).parents[2] / "docs/systems/pruning/criteria.md").read_text()
+    assert [name for name in CRITERIA if f"`{name}`" not in table] == []
