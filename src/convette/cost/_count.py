@@ -103,10 +103,13 @@ def record(model: nn.Module, example: Example) -> Recorder:
             finally:
                 recorder.restore()
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
-        text = str(error).strip().split("\n")[0] or type(error).__name__
+        from convette.surgery import raised_at
+
+        text = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+        line = raised_at(error)
         raise UsageError(
-            f"{type(model).__name__} cannot be run on the example ({describe_inputs(example)}): {text} "
-            "Give an example of the shape the network takes."
+            f"{type(model).__name__} cannot be run on the example ({describe_inputs(example)}): "
+            f"{text}{'' if line == '?' else f' ({line})'}. Give an example of the shape the network takes."
         ) from error
     return recorder
 

@@ -8,6 +8,7 @@ where it came from, what was done to it, and its tensors: one ``.safetensors`` f
 from convette.surgery._absorb import Absorb, absorb_edits
 from convette.surgery._append import Append
 from convette.surgery._apply import StructureChange, apply, replay
+from convette.surgery._calls import raised_at
 from convette.surgery._constraints import WidthConstraints
 from convette.surgery._constructing import trusting
 from convette.surgery._conversion import Conversion, check_words, conversion_edits, convert_by
@@ -99,6 +100,7 @@ __all__ = [
     "insert",
     "load_model",
     "masked",
+    "raised_at",
     "read_header",
     "removable",
     "remove",

@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 _CHECKER = f"{os.sep}jaxtyping{os.sep}"
+_ROOT = f"{Path(__file__).parent.parent}{os.sep}"
 _HIDDEN = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
 
 
@@ -31,6 +33,16 @@ def _place(file: str) -> str:
     if file.startswith((*_HIDDEN, "<")) or _CHECKER in file:
         return ""
     return f"{Path(file).parent.name}/{Path(file).name}"
+
+
+def raised_at(error: BaseException) -> str:
+    """Return ``file:line`` of the innermost line of the network's code that `error` came through, "?" for none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        name = frame.filename
+        ours = name.startswith(_ROOT) and not name.startswith((f"{_ROOT}models{os.sep}", f"{_ROOT}layers{os.sep}"))
+        if not ours and not name.startswith((*_HIDDEN, "<")) and _CHECKER not in name:
+            return f"{Path(name).parent.name}/{Path(name).name}:{frame.lineno}"
+    return "?"
 
 
 def tensors_in(value: Any, found: list[Tensor]) -> list[Tensor]:

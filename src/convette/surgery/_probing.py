@@ -12,7 +12,7 @@ from torch import nn
 
 from convette.errors import StructureError
 from convette.surgery._attributes import is_size, like, plain
-from convette.surgery._calls import family
+from convette.surgery._calls import family, raised_at
 from convette.surgery._edits import Change, Rewrite, Shrink, find_module
 from convette.surgery._graph import ChannelGraph
 from convette.surgery._records import SizeCall
@@ -124,7 +124,7 @@ class _Stage:
             raise
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            name, line = probe.failed_in or ("", "?")
+            name, line = probe.failed_in or ("", raised_at(error))
             text = f"the network does not run at its new width: {name or type(model).__name__} ({line}): {first}"
             return probe.mismatches, (name, StructureError(text))
         finally:
