@@ -1,9 +1,7 @@
 """Exporting a network to a file that other engines run: ONNX or OpenVINO IR."""
 
 import contextlib
-import contextlib
 import copy
-import io
 import io
 import os
 import tempfile
