@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from convette.errors import UsageError
@@ -31,19 +32,57 @@ def local_filter(
     Offsets k run over `window` row by row, with zeros around; channels are in g groups of neighbours. One multiply-add
     an offset over shifted views: nothing of k times the size of `values` is made.
     """
-    space = values.shape[2:]
-    edges = [size // 2 for size in window]
-    padded = functional.pad(values, [edge for edge in reversed(edges) for _ in range(2)])
-    padded = padded.unflatten(1, (filters.shape[1], -1))
+    if (
+        torch.is_grad_enabled()
+        and (values.requires_grad or filters.requires_grad)
+        and not torch.compiler.is_compiling()
+    ):
+        return _LocalFilter.apply(values, filters.to(values.dtype), window)  # type: ignore[return-value]
+    padded, taps = _padded(values, filters, window), filters.unbind(2)
     total: Tensor | None = None
-    for index, corner in enumerate(itertools.product(*map(range, window))):
-        shifted = padded
-        for axis, (start, size) in enumerate(zip(corner, space, strict=True), start=3):
-            shifted = shifted.narrow(axis, start, size)
-        weighted = filters.select(2, index).unsqueeze(2) * shifted
+    for tap, corner in zip(taps, itertools.product(*map(range, window)), strict=True):
+        weighted = tap.unsqueeze(2) * _shifted(padded, corner, values.shape[2:])
         total = weighted if total is None else total + weighted
     assert total is not None
     return total.flatten(1, 2)
+
+
+def _padded(values: Tensor, filters: Tensor, window: tuple[int, ...]) -> Tensor:
+    """Return the values by groups, (n, g, c / g, ...), with zeros around."""
+    edges = [size // 2 for size in reversed(window) for _ in range(2)]
+    return functional.pad(values, edges).unflatten(1, (filters.shape[1], -1))
+
+
+def _shifted(padded: Tensor, corner: tuple[int, ...], space: Sequence[int]) -> Tensor:
+    for axis, (start, size) in enumerate(zip(corner, space, strict=True), start=3):
+        padded = padded.narrow(axis, start, size)
+    return padded
+
+
+class _LocalFilter(torch.autograd.Function):
+    """`local_filter` with sums made in place, forward and backward; only values and filters are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, filters: Tensor, window: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(values, filters)
+        ctx.window = window
+        padded, space = _padded(values, filters, window), values.shape[2:]
+        total = torch.zeros_like(_shifted(padded, (0,) * len(window), space))
+        for tap, corner in zip(filters.unbind(2), itertools.product(*map(range, window)), strict=True):
+            total.addcmul_(tap.unsqueeze(2), _shifted(padded, corner, space))
+        return total.flatten(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        (values, filters), window, space = ctx.saved_tensors, ctx.window, upstream.shape[2:]
+        padded, upstream = _padded(values, filters, window), upstream.unflatten(1, (filters.shape[1], -1))
+        for_padded, for_filters = torch.zeros_like(padded), torch.empty_like(filters)
+        for index, corner in enumerate(itertools.product(*map(range, window))):
+            torch.sum(upstream * _shifted(padded, corner, space), 2, out=for_filters.select(2, index))
+            _shifted(for_padded, corner, space).addcmul_(filters.select(2, index).unsqueeze(2), upstream)
+        inner = _shifted(for_padded, tuple(size // 2 for size in window), space)
+        return inner.flatten(1, 2), for_filters, None
 
 
 class HigherOrderBlock(nn.Module):
