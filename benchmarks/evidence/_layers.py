@@ -112,8 +112,8 @@ def told(found: Mapping[str, list[Figures]], method: str, baseline: str, key: st
     verdict = "no difference can be told from chance" if abs(mean) <= half else "a difference beyond chance"
     unit = " points" if points else ""
     low, high = factor * (mean - half), factor * (mean + half)
-    what = f"{method} against {baseline}, {key}: {factor * mean:+.3g}{unit}"
-    return f"{what} (95 % interval {low:+.3g} to {high:+.3g}): {verdict}."
+    what = f"{method} against {baseline}, {key}: {factor * mean:+.2f}{unit}"
+    return f"{what} (95 % interval {low:+.2f} to {high:+.2f}): {verdict}."
 
 
 def write(
