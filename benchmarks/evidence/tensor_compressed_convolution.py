@@ -86,7 +86,8 @@ def main() -> None:
     held = "held" if times["R = 2"] <= 1.2 and times["R = 1"] <= 1.5 else "not held"
     summary = (
         f"Fields of a simulated wave {AHEAD} steps ahead, {seeds} seeds. Error relative to dense: R = 1 "
-        f"{times['R = 1']:.2f}, R = 2 {times['R = 2']:.2f} times (expected at most 1.5 and 1.2: {held}). {told(found, 'R = 2', 'dense', 'relative error', points=False)}"
+        f"{times['R = 1']:.2f}, R = 2 {times['R = 2']:.2f} times (expected at most 1.5 and 1.2: {held})."
+        f" {told(found, 'R = 2', 'dense', 'relative error', points=False)}"
     )
     settings = {"size": SIZE, "ahead": AHEAD, "train": TRAIN, "test": TEST, "width": WIDTH, "epochs": EPOCHS}
     write("tensor-compressed-convolution", summary, found, started, shares=(), settings=settings)
