@@ -1,13 +1,16 @@
-"""Lateral inhibition in a small U-Net: which pixels belong to the digit on a textured ground, and to which digit?
+"""Lateral inhibition in a small U-Net: which pixels belong to the digit on a textured ground?
 
     python benchmarks/evidence/lateral_inhibition.py [--seeds 3]
 
-Fixed before any result was seen. USPS digits (16 px) lie at random places on 24 px canvases of smooth random texture,
-blended so that grounds are sometimes lighter than strokes; eleven classes a pixel (ground and ten digits, strokes
-brighter than 0.3). 1,000 canvases of training digits, 400 of test digits, 8 epochs. A U-Net of two levels and 8
-channels, with and without `LateralInhibition2d` (radius 1, rectified, tau 0.1 to begin with) behind every level's
-second norm. Measured: mean intersection over union of the classes, and the F1 of the outline of what is no ground (one
-pixel of tolerance). Expected: 0 to 2 points of mean IoU, the outline no worse; not the published seventeen.
+USPS digits (16 px) lie at random places on 24 px canvases of smooth random texture, blended so that grounds are
+sometimes lighter than strokes; two classes a pixel, ground and stroke (brighter than 0.3). 1,000 canvases of training
+digits, 400 of test digits, 8 epochs. A U-Net of two levels and 8 channels, with and without `LateralInhibition2d`
+(radius 1, rectified, tau 0.1 to begin with) behind every level's second norm. Measured: mean intersection over union of
+the two classes, and the F1 of the outline of the strokes (one pixel of tolerance). Expected: 0 to 2 points of mean IoU,
+the outline no worse; not the published seventeen.
+
+Fixed before these results were seen. A first setting with a class for every digit was given up: in these eight epochs
+the network, with and without inhibition, named every pixel ground.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from convette.layers.activation import LateralInhibition2d
 TRAIN, TEST, EPOCHS, SIDE = 1000, 400, 8, 24
 
 
-def scenes(images: Tensor, labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def scenes(images: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ground = F.interpolate(torch.rand(count, 1, 7, 7, generator=generator), size=SIDE, mode="bicubic").clamp(0, 1)
     ground = 0.7 * ground + 0.15 * torch.rand(count, 1, SIDE, SIDE, generator=generator)
@@ -37,7 +40,7 @@ def scenes(images: Tensor, labels: Tensor, count: int, seed: int) -> tuple[Tenso
         stroke = digit > 0.3
         part = ground[i, 0, y : y + 16, x : x + 16]
         part.copy_(torch.where(stroke, part * (1 - digit) + strengths[i] * digit, part))
-        masks[i, y : y + 16, x : x + 16] = torch.where(stroke, labels[chosen[i]] + 1, 0)
+        masks[i, y : y + 16, x : x + 16] = stroke.long()
     return ground * 2 - 1, masks
 
 
@@ -47,7 +50,7 @@ class UNet(nn.Module):
         self.down1, self.down2 = level(1, width, inhibited), level(width, 2 * width, inhibited)
         self.bottom = level(2 * width, 4 * width, inhibited)
         self.up2, self.up1 = level(6 * width, 2 * width, inhibited), level(3 * width, width, inhibited)
-        self.head = nn.Conv2d(width, 11, 1)
+        self.head = nn.Conv2d(width, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         one = self.down1(x)
@@ -67,10 +70,10 @@ def level(inside: int, outside: int, inhibited: bool) -> nn.Sequential:
 
 def mean_iou(found: Tensor, wanted: Tensor) -> float:
     scores = []
-    for k in range(11):
+    for k in range(2):
         both, either = ((found == k) & (wanted == k)).sum(), ((found == k) | (wanted == k)).sum()
         scores.append(float(both / either) if either else 1.0)
-    return sum(scores) / 11
+    return sum(scores) / 2
 
 
 def outline(mask: Tensor) -> Tensor:
@@ -94,8 +97,8 @@ def main() -> None:
     torch.set_num_threads(1)
     started = time.monotonic()
     data = load("usps", arguments.shared)
-    inputs, targets = scenes(*images_of(data, "train"), TRAIN, 0)
-    test, wanted = scenes(*images_of(data, "test"), TEST, 1)
+    inputs, targets = scenes(images_of(data, "train")[0], TRAIN, 0)
+    test, wanted = scenes(images_of(data, "test")[0], TEST, 1)
     learned: list[dict[str, float]] = []
 
     def run(model: nn.Module, seed: int) -> dict[str, float]:
