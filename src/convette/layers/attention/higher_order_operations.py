@@ -238,6 +238,8 @@ def insert_higher_order(
 ) -> nn.Module:
     """Put a `HigherOrderBlock` behind every second block of some stages of a residual network; in place, returns it.
 
+    The placement of Hu and Raj 2020, arXiv 1811.07519.
+
     Args:
         model: a network whose stages are sequences of blocks (ResNets of convette, timm and torchvision and the like).
         stages: which, from 1; the published 2 and 3 (res3, res4) give five blocks in a ResNet-50.

@@ -47,7 +47,8 @@ def to_complex(
     """Make a real network complex, of as many complex channels, with real logits; in place, returns the network.
 
     Convolutions, linear layers and batch norms become complex, max pooling goes by magnitude, dropout takes both parts;
-    what works element by element or averages stays as it is. The last linear layer becomes the head.
+    what works element by element or averages stays as it is. The last linear layer becomes the head. Source: Chatterjee
+    et al. 2022, arXiv 2302.04584.
 
     Args:
         model: any network of convolutions, batch norms, linear layers and layers without weights.

@@ -35,6 +35,8 @@ def compress_a_priori(
 ) -> nn.Module:
     """Replace the convolutions of an untrained `model` by factorised ones that begin anew; in place, returns it.
 
+    Compression a priori, Boukraichi et al. 2023, arXiv 2304.04964.
+
     Args:
         model: any network; its plain `nn.Conv2d` and `nn.Conv3d` layers with kernels above 1x1 are replaced.
         rank: of every layer (2 if neither this nor `budget` is given).

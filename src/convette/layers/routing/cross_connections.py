@@ -221,7 +221,7 @@ def multipath(
 
     The stem stays one; behind it an expander feeds M copies of every stage, between stages cross-connections exchange
     their features, and behind the last stage their mean goes to the one head. M paths of width w cost M times the
-    stages of width w; a single path M times as wide costs M² times.
+    stages of width w; a single path M times as wide costs M² times. Source: arXiv 2006.13904.
 
     Args:
         model: any network with stages (see `convette.layers`), not trained yet: the first path keeps the weights, the
