@@ -7,7 +7,7 @@ from convette.models import create_model, load, save
 from convette.surgery import Conversion, convert_by, fold, what_stays
 
 SYSTEMS = {
-    "compress_a_priori": {"rank": 2},
+    "compress_a_priori": {"rank": 2, "deploy": "dense"},
     "insert_higher_order": {"stages": [2, 3]},
     "multipath": {"paths": 2},
     "to_complex": {"activation": "modrelu"},

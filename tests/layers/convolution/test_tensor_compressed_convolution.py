@@ -8,6 +8,7 @@ from torch import nn
 
 from convette.data.wave2d import simulate_wave, wave2d, wave_energy
 from convette.errors import UsageError
+from convette.layers import fold_layers
 from convette.layers.convolution import (
     FactorizedConv2d,
     FactorizedConv3d,
@@ -200,6 +201,7 @@ def test_networks_from_the_start_of_training_from_a_trained_one_and_back():
     assert sum(p.numel() for p in model.parameters()) < 0.27 * dense
     x = torch.randn(2, 3, 16, 16)
     expected = model.eval()(x)
+    assert len(fold_layers(model).kept) == 19  # compressed networks stay small
     torch.testing.assert_close(materialize(model)(x), expected, atol=1e-4, rtol=1e-4)
     assert sum(p.numel() for p in model.parameters()) == dense
     other = compress_a_priori(create_model("resnet20", seed=0), budget=0.5)
@@ -228,6 +230,8 @@ def test_a_factorized_network_is_written_and_read(tmp_path):
 
 
 def test_refusals():
+    with pytest.raises(UsageError, match="deploy 'fast'"):
+        FactorizedConv2d(3, 4, 3, deploy="fast")
     with pytest.raises(UsageError, match="form 'tucker'"):
         FactorizedConv2d(3, 4, 3, form="tucker")
     with pytest.raises(UsageError, match="groups must be 1"):

@@ -31,7 +31,12 @@ class Compression:
 
 
 def compress_a_priori(
-    model: nn.Module, rank: int | None = None, *, budget: int | float | None = None, form: str = "per_filter"
+    model: nn.Module,
+    rank: int | None = None,
+    *,
+    budget: int | float | None = None,
+    form: str = "per_filter",
+    deploy: str = "factors",
 ) -> nn.Module:
     """Replace the convolutions of an untrained `model` by factorised ones that begin anew; in place, returns it.
 
@@ -41,7 +46,7 @@ def compress_a_priori(
         model: any network; its plain `nn.Conv2d` and `nn.Conv3d` layers with kernels above 1x1 are replaced.
         rank: of every layer (2 if neither this nor `budget` is given).
         budget: in place of a rank: the share of each layer's parameters that may stay, 0..1.
-        form: see `FactorizedConv2d`.
+        form: see `FactorizedConv2d`, like `deploy`; a network that is compressed stays so when it is folded.
 
     A layer whose factors would hold as much as its kernel stays dense. Raises `UsageError` for a budget outside 0..1,
     both at once, or nothing to replace.
@@ -55,7 +60,7 @@ def compress_a_priori(
         if not isinstance(chosen, int):
             return None
         assert isinstance(module, nn.Conv2d | nn.Conv3d)
-        made = _made(module.weight.ndim - 2)(**_arguments(module), rank=chosen, form=form, adopt=False)
+        made = _made(module.weight.ndim - 2)(**_arguments(module), rank=chosen, form=form, adopt=False, deploy=deploy)
         return made.to(module.weight).train(module.training)  # type: ignore[arg-type]
 
     return replace_modules(model, fresh)
@@ -68,6 +73,7 @@ def factorize(
     budget: int | float | None = None,
     error: int | float | None = None,
     form: str = "per_filter",
+    deploy: str = "factors",
     where: Callable[[str, nn.Module], bool] | None = None,
 ) -> Compression:
     """Replace the convolutions of a trained `model` by their decomposition; in place, in its log, with the errors.
@@ -87,7 +93,11 @@ def factorize(
         assert isinstance(module, nn.Conv2d | nn.Conv3d)
         kind = _made(module.weight.ndim - 2)
         listed = {key: list(item) if isinstance(item, tuple) else item for key, item in _arguments(module).items()}
-        edits.append(Convert(name, f"{kind.__module__}:{kind.__name__}", listed | {"rank": chosen, "form": form}))
+        edits.append(
+            Convert(
+                name, f"{kind.__module__}:{kind.__name__}", listed | {"rank": chosen, "form": form, "deploy": deploy}
+            )
+        )
         dense[name] = module.weight.detach()
     apply(model, *edits)
     for name, weight in dense.items():
@@ -170,6 +180,8 @@ def _smallest_rank(weight: Tensor, error: float, largest: int, form: str) -> int
 def materialize(model: nn.Module) -> nn.Module:
     """Replace every factorised convolution of `model` by the dense one it equals, in place; return the network.
 
-    Not in the structure log: `convette.fold` does the same as logged edits.
+    Not in the structure log: `convette.fold` does the same as logged edits where ``deploy`` is "dense".
     """
-    return replace_modules(model, lambda _, module: module.folded() if isinstance(module, _FactorizedConv) else None)
+    return replace_modules(
+        model, lambda _, module: module.materialized() if isinstance(module, _FactorizedConv) else None
+    )

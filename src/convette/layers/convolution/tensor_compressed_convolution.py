@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.errors import UsageError
+from convette.layers._folding import Stays
 from convette.layers.convolution._decomposition import compose, decompose
 
 FORMS = ("per_filter", "svd", "cp")
@@ -79,11 +80,13 @@ class _FactorizedConv(nn.Module):
         form: str = "per_filter",
         init: str = "normal",
         adopt: bool = True,
+        deploy: str = "dense",
     ) -> None:
         super().__init__()
         self.kernel_size, self.stride, self.dilation = map(self._each, (kernel_size, stride, dilation))
         self.padding = padding if isinstance(padding, str) else self._each(padding)
-        self.padding_mode, self.form, self.init, self.adopt = padding_mode, form, init, adopt
+        self.padding_mode, self.form, self.init = padding_mode, form, init
+        self.adopt, self.deploy = adopt, deploy
         self._check(in_channels, out_channels, groups, rank)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         if form == "svd":
@@ -126,6 +129,8 @@ class _FactorizedConv(nn.Module):
         name = type(self).__name__
         if self.form not in FORMS or self.init not in ("normal", "svd"):
             raise UsageError(f"{name}: form {self.form!r} (of {', '.join(FORMS)}), init {self.init!r} (normal, svd).")
+        if self.deploy not in ("dense", "factors"):
+            raise UsageError(f"{name}: deploy {self.deploy!r} is 'dense' or 'factors'.")
         if rank < 1 or min(in_channels, out_channels) < 1 or in_channels % groups or out_channels % groups:
             raise UsageError(f"{name}: rank {rank}, {in_channels}->{out_channels} channels in {groups} groups.")
         if self.form == "cp" and groups > 1:
@@ -247,7 +252,19 @@ class _FactorizedConv(nn.Module):
         return y
 
     def folded(self) -> nn.Module:
-        """Return the plain convolution with the composed kernel: exact, with the parameters and MACs of a dense one."""
+        """Return the plain convolution with the composed kernel: exact, with the parameters and MACs of a dense one.
+
+        Raises `Stays` with ``deploy="factors"``.
+        """
+        if self.deploy == "factors":
+            raise Stays(
+                f"{type(self).__name__} keeps its factors, which are smaller (deploy='factors'); materialize makes them"
+                " one dense kernel."
+            )
+        return self.materialized()
+
+    def materialized(self) -> nn.Module:
+        """Return the plain convolution with the composed kernel: exact."""
         weight, bias = self.dense_weight().detach(), self._bias()
         conv: Any = _CONVS[self.dimensions]
         plain = conv(
@@ -286,6 +303,7 @@ class _FactorizedConv(nn.Module):
             rank=rank,
             form=self.form,
             adopt=self.adopt,
+            deploy=self.deploy,
         )
         kept = self.term_norms().topk(rank, dim=1).indices.sort(dim=1).values[:, :, None]
         made.to(kept.device, self.factors()[0].dtype)
@@ -318,6 +336,7 @@ class FactorizedConv2d(_FactorizedConv):
         form: "per_filter", "svd" or "cp".
         init: "normal": factors drawn so that ``Var(W) = 2 / fan_in``; "svd": a kernel drawn like that, decomposed.
         adopt: decompose the kernel of a convolution this one replaces (`take_over`); False: begin anew.
+        deploy: what folding makes of it: "dense" (one layer instead of three, often faster) or "factors" (smaller).
 
     Raises:
         UsageError: an unknown form, rank below 1, groups with "cp", another input.
@@ -325,7 +344,7 @@ class FactorizedConv2d(_FactorizedConv):
     Cost: ``R out (in + kh + kw)`` parameters and about as many MACs a position, against ``out in kh kw``; break-even
     at R = ``in kh kw / (in + kh + kw)`` (`break_even`). Three convolutions instead of one and maps of R out channels
     in between: on a CPU often slower than a dense 3x3 for R above 2. Folds, exactly, to the `nn.Conv2d` with the
-    composed kernel (`folded`). Forms and initialisation are reconstructed; the exponents of the forms are exact.
+    composed kernel (`folded`, unless it is to stay small: `deploy`). Ranks and initialisation are reconstructed.
 
     Source: A priori compression of convolutional neural networks for wave simulators, Boukraichi et al. 2023,
     arXiv 2304.04964.
