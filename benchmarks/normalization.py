@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from convette._files import write_json
 from convette._progress import note
 from convette._provenance import provenance
+from convette.cost import count
 from convette.layers.normalization import (
     IBN,
     BilinearNorm2d,
@@ -106,6 +107,50 @@ FOLDED: dict[str, Callable[[], nn.Module]] = {
     "MixStyle behind batch norm": lambda: nn.Sequential(nn.BatchNorm2d(C), MixStyle()),
     "WeightAlign": lambda: nn.Identity(),
 }
+
+
+# What of the tables above stands on the page of a system.
+SYSTEMS: dict[str, tuple[list[str], list[str]]] = {
+    "sparse-switchable-normalization": (
+        ["sparse switchable"],
+        ["sparse switchable, batch norm picked", "sparse switchable, instance norm picked"],
+    ),
+    "filtered-batch-norm": (["filtered"], ["filtered"]),
+    "skewness-batch-norm": (["skewness-reduced"], ["skewness-reduced", "skewness-reduced, annealed to p = 1"]),
+    "bnet": (["BNET-3"], ["BNET-3"]),
+    "ibn-net": (["IBN"], ["IBN"]),
+    "consistent-normalization": (["consistent, clean half"], ["consistent, clean half"]),
+    "bilinear-normalization": (["bilinear, of maps"], []),
+    "mixstyle": (["MixStyle, p = 0.5"], ["MixStyle behind batch norm"]),
+    "weight-align": (["conv + WeightAlign"], ["WeightAlign"]),
+    "norm-loss": (["conv + batch norm + norm loss"], []),
+    "final-batch-norm": (["linear + final batch norm"], []),
+}
+
+
+def counts(name: str) -> list[int]:
+    """Return parameters and MACs (at one input) of a layer and of what it is compared with."""
+    found = []
+    for one in (name, LAYERS[name][1]):
+        layer = LAYERS[one][0]().eval()
+        cost = count(layer, images(2, one)[:1])
+        found += [sum(p.numel() for p in layer.parameters()), cost.macs]
+    return found
+
+
+def prices(found: dict[str, dict[str, float]], folded: dict[str, list[str]]) -> dict[str, Any]:
+    """Return what the page of each system shows."""
+    keys = [f"{kind} {batch}" for kind in ("eager", "compiled") for batch in BATCHES]
+    systems = {}
+    for slug, (steps, after) in SYSTEMS.items():
+        cases = []
+        for name in steps:
+            parameters, macs, before, macs_before = counts(name)
+            ratios = [f"{found[name][f'{key} ratio']:.2f}" for key in keys]
+            shown = [f"{parameters:,} ({before:,})", f"{macs:,} ({macs_before:,})", *ratios]
+            cases.append([name, LAYERS[name][1], *shown])
+        systems[slug] = {"steps": cases, "folded": [[name, *folded[name]] for name in after]}
+    return systems
 
 
 def images(batch: int, name: str) -> Tensor:
@@ -249,6 +294,7 @@ def main() -> None:
             "folded_columns": ["x batch norm", "ms", "all folded"],
             "folded": folded,
         }
+        body["systems"] = prices(found, folded)
         write_json(RESULT, {**body, "figures": found, **provenance(time.monotonic() - started)})
 
 

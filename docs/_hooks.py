@@ -8,6 +8,7 @@ from convette._catalogue import System, catalogue
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/evidence/results"
 PRICES = Path(__file__).parent.parent / "benchmarks/results/layers.json"
+NORMALISERS = Path(__file__).parent.parent / "benchmarks/results/normalization.json"
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
@@ -15,6 +16,7 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     markdown = markdown.replace("<!-- systems -->", _systems_table())
     markdown = re.sub(r"<!-- card: ([\w-]+) -->", lambda found: _card(_find(found[1])), markdown)
     markdown = re.sub(r"<!-- price: ([\w-]+) -->", lambda found: _price(found[1]), markdown)
+    markdown = re.sub(r"<!-- study: (\w+) -->", lambda found: _result(f"{found[1]}.json"), markdown)
     return re.sub(r"<!-- evidence: ([\w-]+) -->", lambda found: _evidence(_find(found[1])), markdown)
 
 
@@ -42,9 +44,14 @@ def _card(system: System) -> str:
 
 
 def _evidence(system: System) -> str:
-    if system.evidence is None:
+    return _result(system.evidence) if system.evidence is not None else "Not measured yet."
+
+
+def _result(file: str) -> str:
+    """The summary, the table and the provenance of a result file."""
+    if not (RESULTS / file).exists():
         return "Not measured yet."
-    result = json.loads((RESULTS / system.evidence).read_text())
+    result = json.loads((RESULTS / file).read_text())
     lines = [f"{result['summary']}", "", "| | " + " | ".join(result["columns"]) + " |"]
     lines.append("|---" * (len(result["columns"]) + 1) + "|")
     lines += [f"| {name} | " + " | ".join(str(value) for value in row) + " |" for name, row in result["rows"].items()]
@@ -55,6 +62,9 @@ def _evidence(system: System) -> str:
 
 def _price(slug: str) -> str:
     """What a layer costs beside what it replaces, from benchmarks/layers.py."""
+    normalisers = json.loads(NORMALISERS.read_text()) if NORMALISERS.exists() else {"systems": {}}
+    if slug in normalisers["systems"]:
+        return _normaliser_price(normalisers, slug)
     found = json.loads(PRICES.read_text())["systems"].get(slug) if PRICES.exists() else None
     if found is None:
         return "Not measured yet."
@@ -71,6 +81,25 @@ def _price(slug: str) -> str:
     lines += ["", "In brackets what is replaced has, and the milliseconds; inputs " + _inputs(found["cases"]) + "."]
     lines += [f"CPU time of one thread, medians over {rounds} turns. `{found['command']}` on {machine}; {versions}."]
     return "\n".join(lines)
+
+
+def _normaliser_price(result: dict, slug: str) -> str:
+    """What a normaliser costs beside batch norm, from benchmarks/normalization.py."""
+    found = result["systems"][slug]
+    columns = ["a training step", "against", "parameters", "MACs", *_batches(result["columns"])]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in found["steps"]]
+    if found["folded"]:
+        columns = ["inference, folded", "times folded batch norm", "ms", "all folded"]
+        lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in found["folded"]]
+    lines += ["", "Times what it is compared with, in brackets what that has; maps of 64 channels and 16 × 16 values."]
+    lines += [f"`{result['command']}` on {result['machine']}; {result['versions']}."]
+    return "\n".join(lines)
+
+
+def _batches(columns: list[str]) -> list[str]:
+    return [name.partition(":")[0].replace(" ", ", batch ") for name in columns if name.endswith("batch norm")]
 
 
 def _inputs(cases: list[dict]) -> str:

@@ -2,7 +2,7 @@
 
     python benchmarks/evidence/bilinear_normalization.py
 
-Written before any result. Two tasks, 5 seeds each, TABL network B with each of: nothing, z-scores of the training set,
+Written before any result. Two tasks, 3 seeds each, TABL network B with each of: nothing, z-scores of the training set,
 batch norm, bilinear normalization.
 
 - order books (synthetic, made here): ten levels of prices and volumes on both sides around a mid-price, windows of 10
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from convette.layers.normalization import tabl
 from convette.layers.normalization.bilinear_normalization import TABLNetwork
 
-SEEDS, LEVELS, WINDOW, AHEAD = 5, 10, 10, 10
+SEEDS, LEVELS, WINDOW, AHEAD = 3, 10, 10, 10
 NORMS = ("none", "z-score", "batch norm", "bilinear")
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from convette.errors import UsageError
 from convette.layers.normalization import IBN, resnet50_ibn_a, resnet50_ibn_b, to_ibn
+from convette.models import create_model, load, save
 
 
 def test_ratios_0_and_1_are_the_normalisers():
@@ -124,3 +125,25 @@ def test_refusals():
         to_ibn(resnet20(), "a", 3)
     mixed = to_ibn(resnet20(), cfg=("a", "b"))
     assert isinstance(mixed.layer1[0].bn1, IBN) and isinstance(mixed.layer2[2].tail, nn.InstanceNorm2d)
+
+
+@pytest.mark.parametrize("name", ["torchvision:densenet121", "timm:densenet121"])
+def test_densenets_put_instance_norm_last_in_the_first_norms_of_their_layers(name):
+    model = create_model(name, num_classes=4, seed=0)
+    before = sum(p.numel() for p in model.parameters())
+    to_ibn(model, stages=1)
+    found = [module for module in model.modules() if isinstance(module, IBN)]
+    assert len(found) == 6 and all(one.order == "bn-first" for one in found)
+    width = found[0].BN.num_features + found[0].instances
+    assert found[0].BN.num_features == int(width * 0.6)
+    assert sum(p.numel() for p in model.parameters()) == before
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 4)
+    with pytest.raises(UsageError, match="variant 'a'"):
+        to_ibn(create_model(name, num_classes=4, seed=0), "b")
+
+
+def test_the_ready_networks_know_how_they_were_built(tmp_path):
+    model = resnet50_ibn_a(4).eval()
+    save(model, tmp_path / "m.safetensors")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(load(tmp_path / "m.safetensors")(x), model(x))

@@ -13,7 +13,7 @@ from convette.layers.normalization import (
     SparseSwitchNorm2d,
     collapse,
 )
-from convette.training import Event, Method, TrainSettings, train
+from convette.training import Event, Method, MixStyleDomains, SemiMixStyleTraining, TrainSettings, train
 from convette.training.methods.consistent_normalization import ConsistentTraining
 from convette.training.methods.norm_loss import NormLossTraining
 from convette.training.methods.skewness_batch_norm import AnnealSkewness
@@ -136,3 +136,58 @@ def test_a_resumed_run_is_the_same(digits, tmp_path):
     ).model
     for (name, one), (_, other) in zip(whole.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
+
+
+def styled():
+    from convette.layers.normalization import MixStyle
+
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), MixStyle(p=1.0), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(4, 10),
+    )
+
+
+def test_batches_of_two_domains_in_an_order_of_seed_and_epoch(digits):
+    data = digits
+    domains = torch.arange(len(data.train)) % 3
+    seen = []
+
+    class Watch(Method):
+        name, events = "watch", frozenset({Event.AFTER_TRANSFORM})
+
+        def apply(self, event, trainer):
+            seen.append(trainer.state.batch.indices)
+
+    settings = TrainSettings(epochs=1, batch_size=32, augmentation=(), ema_decay=None)
+    train(styled(), data, settings, methods=[MixStyleDomains(data.train, domains), Watch()], device="cpu")
+    first = [batch.clone() for batch in seen]
+    for batch in first:
+        halves = domains[batch[:16]].unique(), domains[batch[16:]].unique()
+        assert len(halves[0]) == len(halves[1]) == 1 and halves[0] != halves[1]
+    seen.clear()
+    train(styled(), data, settings, methods=[MixStyleDomains(data.train, domains), Watch()], device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(first, seen, strict=True))
+    with pytest.raises(UsageError, match="domains for"):
+        MixStyleDomains(data.train, domains[:5])
+
+
+def test_semi_mixstyle_adds_its_term_and_keeps_styles_off_the_labelled_pass(digits):
+    data = digits
+    method = SemiMixStyleTraining(data.validation, data.preprocessing, threshold=0.0, weight=0.5)
+    active = []
+
+    class Watch(Method):
+        name, events, order = "watch", frozenset({Event.BEFORE_FORWARD, Event.AFTER_LOSS}), 1
+
+        def apply(self, event, trainer):
+            active.append((event, trainer.state.model[1].active))
+
+    settings = TrainSettings(epochs=1, batch_size=64, augmentation=(), ema_decay=None)
+    result = train(styled(), data, settings, methods=[method, Watch()], device="cpu")
+    assert result.history[0].terms["semi_mixstyle"] > 0
+    assert dict(active) == {Event.BEFORE_FORWARD: False, Event.AFTER_LOSS: True}
+    with pytest.raises(UsageError, match="no MixStyle"):
+        train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), data, settings, methods=[method], device="cpu")
+    with pytest.raises(UsageError, match="threshold"):
+        SemiMixStyleTraining(data.validation, data.preprocessing, threshold=2.0)

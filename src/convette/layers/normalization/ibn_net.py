@@ -1,4 +1,4 @@
-"""IBN-Net: instance and batch norm side by side, for networks that see through appearance (Pan et al. 2018)."""
+"""IBN-Net: instance and batch norm side by side, to see through appearance (Pan et al. 2018, arXiv 1807.09441)."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -162,8 +162,13 @@ class IBN(nn.Module):
         return f"instances={self.instances}, order={self.order!r}"
 
 
-def _ibn_from(norm: nn.BatchNorm2d, ratio: float, other: Literal["batch", "group"]) -> IBN:
-    made = IBN(norm.num_features, ratio, norm.eps, norm.momentum, other=other)
+def _ibn_from(
+    norm: nn.BatchNorm2d,
+    ratio: float,
+    other: Literal["batch", "group"],
+    order: Literal["in-first", "bn-first"] = "in-first",
+) -> IBN:
+    made = IBN(norm.num_features, ratio, norm.eps, norm.momentum, order=order, other=other)
     if norm.weight is None or norm.running_mean is None:
         raise UsageError("to_ibn: a batch norm without scale or running statistics cannot be taken over.")
     made.to(norm.weight)  # type: ignore[arg-type]
@@ -177,21 +182,22 @@ def to_ibn(
     stages: int | None = None,
     *,
     cfg: Sequence[Kind | None] | None = None,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     other: Literal["batch", "group"] = "batch",
 ) -> nn.Module:
     """Make an IBN-Net of a residual network, in place, and return it; scales, shifts and statistics are taken over.
 
     Variant "a": the first normaliser of each block of the first three stages becomes `IBN`. Variant "b": an affine
     `nn.InstanceNorm2d` after the addition in the last block of the first two stages, and instance norm in the stem:
-    stronger invariance, for other domains. The identity path is not touched.
+    stronger invariance, for other domains. The identity path is not touched. A DenseNet has variant "a" only: the first
+    normaliser of each layer of the first three blocks, batch norm's channels first.
 
     Args:
         model: a residual network with stages ``layer1``, ``layer2`` ... (convette, torchvision, timm).
         variant: "a" or "b".
         stages: how many stages from the first; None: 3 for "a", 2 for "b". Use 2 for "a" on 32 px images.
         cfg: the variant of each stage instead, as ("a", "a", "b", None).
-        ratio: share of instance-normalised channels.
+        ratio: share of instance-normalised channels; None: 0.5, in DenseNets 0.4.
         other: what stands beside instance norm; "group" for small batches.
 
     Raises:
@@ -199,6 +205,9 @@ def to_ibn(
             the last one takes the evidence for classes away.
     """
     blocks = residual_blocks(model)
+    if not blocks and (dense := _dense_layers(model)):
+        return _dense_ibn(model, dense, variant, stages, 0.4 if ratio is None else ratio, other)
+    ratio = 0.5 if ratio is None else ratio
     if not blocks:
         raise UsageError("to_ibn: found no residual blocks (modules with conv1, bn1, conv2, bn2 and a shortcut).")
     total = max(block.stage for block in blocks) + 1
@@ -233,15 +242,62 @@ def to_ibn(
     return replace_modules(model, lambda name, _: chosen.get(name))
 
 
+def _dense_layers(model: nn.Module) -> list[tuple[str, int]]:
+    """Return the first norms of the layers of a DenseNet (torchvision's, timm's) by name, and their block from 0."""
+    found: list[tuple[str, int]] = []
+    blocks: list[str] = []
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith("DenseLayer") and isinstance(getattr(module, "norm1", None), nn.BatchNorm2d):
+            block = name.rpartition(".")[0]
+            blocks += [block] if block not in blocks else []
+            found.append((f"{name}.norm1", blocks.index(block)))
+    return found
+
+
+def _dense_ibn(
+    model: nn.Module,
+    layers: list[tuple[str, int]],
+    variant: Kind,
+    stages: int | None,
+    ratio: float,
+    other: Literal["batch", "group"],
+) -> nn.Module:
+    total = max(block for _, block in layers) + 1
+    count = min(3, total - 1) if stages is None else stages
+    if variant != "a" or not 0 < count < total:
+        raise UsageError(f"to_ibn: a DenseNet of {total} blocks takes variant 'a' in 1 to {total - 1} of them.")
+    wanted = {name for name, block in layers if block < count}
+
+    def choose(name: str, module: nn.Module) -> nn.Module | None:
+        if name not in wanted or not isinstance(module, nn.BatchNorm2d):
+            return None
+        made = _ibn_from(module, ratio, other, "bn-first")
+        # timm's norms have an activation of their own.
+        rest = [part for part in (getattr(module, "drop", None), getattr(module, "act", None)) if part is not None]
+        return nn.Sequential(made, *rest) if rest else made
+
+    return replace_modules(model, choose)
+
+
 def resnet50_ibn_a(num_classes: int = 1000) -> nn.Module:
     """Return ResNet-50-IBN-a: 25,557,032 parameters for 1000 classes, as many as ResNet-50 (arXiv 1807.09441)."""
-    from torchvision.models import resnet50
-
-    return to_ibn(resnet50(num_classes=num_classes), "a")
+    return _resnet50("a", num_classes)
 
 
 def resnet50_ibn_b(num_classes: int = 1000) -> nn.Module:
     """Return ResNet-50-IBN-b: 25,558,568 parameters for 1000 classes (arXiv 1807.09441)."""
+    return _resnet50("b", num_classes)
+
+
+def _resnet50(variant: Kind, num_classes: int) -> nn.Module:
+    """Return torchvision's network converted by a logged edit, so that it can be saved and loaded."""
     from torchvision.models import resnet50
 
-    return to_ibn(resnet50(num_classes=num_classes), "b")
+    from convette.surgery import Install, Origin, apply, set_origin
+
+    model = resnet50(num_classes=num_classes)
+    # As convette.models writes it, which builds the network again from it.
+    arguments = {"num_classes": num_classes, "in_channels": 3, "stem": "default"}
+    set_origin(model, Origin("torchvision:resnet50", arguments))
+    apply(model, Install(f"{__name__}:to_ibn", {"variant": variant}))
+    return model

@@ -1,4 +1,4 @@
-"""WeightAlign: normalise activations by aligning each filter's mean and variance (Shi et al. 2020)."""
+"""WeightAlign: activations normalised by each filter's mean and variance (Shi et al. 2020, arXiv 2010.07160)."""
 
 import fnmatch
 import math

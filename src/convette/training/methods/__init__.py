@@ -7,6 +7,7 @@ from convette.training.methods._finding import check_options, find_method, make_
 from convette.training.methods.binary_networks import LatentWeights
 from convette.training.methods.consistent_normalization import ConsistentTraining
 from convette.training.methods.fast_sparse_convnets import SparseTraining
+from convette.training.methods.mixstyle import MixStyleDomains, SemiMixStyleTraining
 from convette.training.methods.norm_loss import NormLossTraining
 from convette.training.methods.quantization_aware import QuantizationAware
 from convette.training.methods.skewness_batch_norm import AnnealSkewness
@@ -16,8 +17,10 @@ __all__ = [
     "AnnealSkewness",
     "ConsistentTraining",
     "LatentWeights",
+    "MixStyleDomains",
     "NormLossTraining",
     "QuantizationAware",
+    "SemiMixStyleTraining",
     "SparseSwitch",
     "SparseTraining",
     "check_options",

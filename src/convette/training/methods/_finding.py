@@ -55,8 +55,12 @@ def find_method(name: str) -> type[Any]:
 
 
 def check_options(method: type[Any], options: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for an option that `method` does not take."""
-    known = [key for key in list(inspect.signature(method.__init__).parameters)[1:] if key not in _GIVEN]
+    """Raise `UsageError` for an option that `method` does not take, or one it needs that is missing."""
+    signature = dict(list(inspect.signature(method.__init__).parameters.items())[1:])
+    known = [key for key in signature if key not in _GIVEN]
+    missing = [key for key in known if signature[key].default is inspect.Parameter.empty and key not in options]
+    if missing:
+        raise UsageError(f"{method.__name__} needs {', '.join(missing)}; where that is no number or text, use Python.")
     for key in options:
         if key not in known:
             raise UsageError(f"{method.__name__} takes no option {key!r}.{did_you_mean(key, known)}")
