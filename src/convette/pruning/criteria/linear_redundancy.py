@@ -85,39 +85,54 @@ def _readable(readers: dict[str, list[Reader]], tensors: dict[str, Tensor]) -> d
 
 @dataclass
 class ReaderState:
-    """One reader while units go: inverse second moments, ``W' W`` and second moments of its inputs (n x n).
+    """One reader while units of a group go: inverse second moments, ``W' W`` and second moments of its inputs, of the
+    group's own only: what deleting its units does to these needs no others.
 
-    `columns[u]` are the inputs of unit u (units x k); `energy` is the mean squared output at the start.
+    Unit u owns the `width` columns from ``width * u`` on; `energy` is the mean squared output at the start.
     """
 
     inverse: Tensor
     weights: Tensor
     moments: Tensor
-    columns: Tensor
+    width: int
     energy: float
 
     def damage(self, rule: str) -> Tensor:
         """Return the damage of deleting each unit now."""
-        rows, across = self.columns.unsqueeze(2), self.columns.unsqueeze(1)
-        residual = torch.linalg.inv(self.inverse[rows, across])
+        own = self._blocks(self.inverse)
+        if self.width == 1:
+            residual = 1 / own.flatten()
+            if rule == "dependence":
+                return residual / self._blocks(self.moments).flatten().clamp_min(1e-30)
+            return residual * self._blocks(self.weights).flatten() / self.energy
+        residual = torch.linalg.inv(own)
         if rule == "dependence":
-            spread = self.moments[rows, across].diagonal(dim1=1, dim2=2).sum(dim=1)
+            spread = self._blocks(self.moments).diagonal(dim1=1, dim2=2).sum(dim=1)
             return residual.diagonal(dim1=1, dim2=2).sum(dim=1) / spread.clamp_min(1e-30)
-        return (residual * self.weights[rows, across].transpose(1, 2)).sum(dim=(1, 2)) / self.energy
+        return (residual * self._blocks(self.weights).transpose(1, 2)).sum(dim=(1, 2)) / self.energy
 
     def remove(self, unit: int) -> None:
-        """Let the others take over the weights of `unit`, and leave it out."""
-        gone = self.columns[unit]
+        """Let the others take over the weights of `unit`; its own columns are empty until `compact`."""
+        gone = slice(unit * self.width, (unit + 1) * self.width)
         across = self.inverse[gone]
-        alpha = -torch.linalg.solve(across[:, gone], across)
+        alpha = -torch.linalg.solve(across[:, gone], across) if self.width > 1 else -across / across[0, gone]
         alpha[:, gone] = 0
         both = self.weights[:, gone] @ alpha
-        self.weights += both + both.T + alpha.T @ self.weights[gone][:, gone] @ alpha
+        self.weights += both + both.T + alpha.T @ (self.weights[gone, gone] @ alpha)
         self.inverse += across.T @ alpha
-        for matrix in (self.inverse, self.weights):
-            matrix[gone] = 0
-            matrix[:, gone] = 0
-        self.inverse[gone, gone] = 1  # keeps the blocks of what is gone invertible
+        for matrix, own in ((self.inverse, 1.0), (self.weights, 0.0)):
+            matrix[gone], matrix[:, gone] = 0, 0
+            matrix[gone, gone] = own * torch.eye(self.width, dtype=matrix.dtype)  # keeps blocks invertible
+
+    def compact(self, units: Tensor) -> None:
+        """Keep the columns of `units` only."""
+        columns = (units.unsqueeze(1) * self.width + torch.arange(self.width)).flatten()
+        for name in ("inverse", "weights", "moments"):
+            setattr(self, name, getattr(self, name)[columns][:, columns])
+
+    def _blocks(self, matrix: Tensor) -> Tensor:
+        units = len(matrix) // self.width
+        return matrix.view(units, self.width, units, self.width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _state(group: Group, reader: Reader, gathering: Gathering, weight: Tensor, ridge: float) -> ReaderState:
@@ -128,7 +143,9 @@ def _state(group: Group, reader: Reader, gathering: Gathering, weight: Tensor, r
     scale = second.diagonal().mean().clamp_min(1e-30)
     inverse = torch.linalg.inv(second + ridge * scale * torch.eye(len(second), dtype=second.dtype))
     energy = float((squares * second).sum().clamp_min(1e-30))
-    return ReaderState(inverse, squares, second, reader.channels, energy)
+    own = reader.channels.flatten()
+    inverse, squares, second = (square[own][:, own] for square in (inverse, squares, second))
+    return ReaderState(inverse, squares, second, reader.channels.shape[1], energy)
 
 
 def _whole(moments: Moments) -> Tensor:
@@ -138,15 +155,21 @@ def _whole(moments: Moments) -> Tensor:
 
 def eliminate(states: list[ReaderState], size: int, rule: str = "damage") -> Tensor:
     """Delete the `size` units of `states` one by one, the cheapest first; returns the price of each (see above)."""
+    left = torch.arange(size)  # the units whose columns the states still hold
     alive = torch.ones(size, dtype=torch.bool)
     scores, highest = torch.zeros(size, dtype=torch.float64), 0.0
     for turn in range(size):
         damage = torch.stack([state.damage(rule) for state in states]).sum(dim=0)
-        unit = int(torch.where(alive, damage, torch.inf).argmin())
-        highest = max(highest, float(damage[unit]))
+        chosen = int(torch.where(alive, damage, torch.inf).argmin())
+        highest = max(highest, float(damage[chosen]))
         # A hair more for each later turn: the order must survive where the prices are equal.
-        scores[unit] = highest * (1 + 1e-5 * turn / size)
-        alive[unit] = False
+        scores[left[chosen]] = highest * (1 + 1e-5 * turn / size)
+        alive[chosen] = False
         for state in states:
-            state.remove(unit)
+            state.remove(chosen)
+        if int(alive.sum()) <= 0.8 * len(left):  # what is gone costs as much as what is there
+            stays = alive.nonzero().flatten()
+            for state in states:
+                state.compact(stays)
+            left, alive = left[stays], torch.ones(len(stays), dtype=torch.bool)
     return scores
