@@ -52,7 +52,8 @@ def _result(file: str) -> str:
     if not (RESULTS / file).exists():
         return "Not measured yet."
     result = json.loads((RESULTS / file).read_text())
-    lines = [f"{result['summary']}", "", "| | " + " | ".join(result["columns"]) + " |"]
+    question = f"*{result['question']}* " if result.get("question") else ""
+    lines = [f"{question}{result['summary']}", "", "| | " + " | ".join(result["columns"]) + " |"]
     lines.append("|---" * (len(result["columns"]) + 1) + "|")
     lines += [f"| {name} | " + " | ".join(str(value) for value in row) + " |" for name, row in result["rows"].items()]
     machine, versions = result["machine"], result["versions"]
