@@ -49,13 +49,20 @@ class KeptIndices(Mapping[Slot, tuple[int, ...]]):
         return KeptIndices, (self.tensors,)
 
 
-def cut(model: nn.Module, kept: Mapping[Slot, tuple[int, ...]], change: Change, *, values: bool = True) -> Walk:
+def cut(
+    model: nn.Module,
+    kept: Mapping[Slot, tuple[int, ...]],
+    change: Change,
+    *,
+    values: bool = True,
+    walk: Walk | None = None,
+) -> Walk:
     """Put the kept part of every parameter and buffer into its place, gradients with it, and note it in `change`.
 
-    Without `values` the new tensors are on the meta device: shapes only. Returns the walk over the model as it was.
+    Without `values` the new tensors are on the meta device: shapes only. `walk`: over the model as it is, returned.
     """
     tensors = kept.tensors if isinstance(kept, KeptIndices) else _as_tensors(kept)
-    walk = Walk(model)
+    walk = walk or Walk(model)
     by_name: dict[str, dict[int, Tensor]] = {}
     checked: set[tuple[int, int]] = set()
     for (name, dim), index in tensors.items():

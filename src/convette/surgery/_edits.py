@@ -3,12 +3,15 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from convette.errors import FileFormatError, StructureError
+
+if TYPE_CHECKING:
+    from convette.surgery._walk import Walk
 
 
 @dataclass
@@ -118,18 +121,18 @@ class Shrink:
         """
         return self._applied(model, values=True)
 
-    def apply_shapes(self, model: nn.Module) -> Change:
+    def apply_shapes(self, model: nn.Module, walk: "Walk | None" = None) -> Change:
         """Do the same with parameters that have shapes but no values, to see whether the network runs with them."""
-        return self._applied(model, values=False)
+        return self._applied(model, values=False, walk=walk)
 
-    def _applied(self, model: nn.Module, values: bool) -> Change:
+    def _applied(self, model: nn.Module, values: bool, walk: "Walk | None" = None) -> Change:
         from convette.surgery._attributes import set_attributes
         from convette.surgery._cutting import cut
         from convette.surgery._rewrites import free_heads, rewrite_calls
 
         change = Change()
         try:
-            walk = cut(model, self.kept, change, values=values)
+            walk = cut(model, self.kept, change, values=values, walk=walk)
             set_attributes(model, self.attributes, change, walk.module)
             free_heads(model, self.free_heads, change)
             rewrite_calls(model, self.rewrites, change)

@@ -16,6 +16,7 @@ from convette.surgery._calls import family, raised_at
 from convette.surgery._edits import Change, Rewrite, Shrink, find_module
 from convette.surgery._graph import ChannelGraph
 from convette.surgery._records import SizeCall
+from convette.surgery._remembering import Remembered
 from convette.surgery._sizes import Mismatch, Probe
 from convette.surgery._walk import Kept, Walk
 from convette.surgery._without_values import WithoutValues, without_values
@@ -34,10 +35,18 @@ def probed(graph: ChannelGraph, edit: Any, items: Mapping[int, tuple[SizeCall, A
     refused: set[tuple[str, str]] = set()
     rewrites: dict[tuple[str, str, int], Rewrite] = {}
     stage = _Stage(graph, items, walk or Walk(model))
+    remembered = vars(graph).get("_remembered") if isinstance(edit, Shrink) else None
+    if remembered is not None:
+        trial = remembered.put_right(edit, items, stage.walk)
+        if trial is not None and stage.run(trial) == ([], None):
+            return trial
+    learned = Remembered()
     for attempt in range(_ROUNDS):
         trial = dataclasses.replace(edit, attributes=attributes, rewrites=tuple(rewrites.values()))
         mismatches, failure = stage.run(trial)
         if failure is None and not mismatches:
+            if attempt and isinstance(edit, Shrink):
+                vars(graph)["_remembered"] = learned.of(trial, edit, items)
             return trial
         if failure is not None:
             # A size that was set by guess may be what stops the network.
@@ -57,6 +66,7 @@ def probed(graph: ChannelGraph, edit: Any, items: Mapping[int, tuple[SizeCall, A
             for owner, key, value in held.values():
                 attributes.setdefault(owner, {})[key] = value
             for mismatch in wrong:
+                learned.note(mismatch, {_literal_key(pair): held.get(_literal_key(pair)) for pair in mismatch.literals})
                 if attempt or not all(_literal_key(pair) in held for pair in mismatch.literals):
                     item = mismatch.item
                     place = (item.module, family(item.name), item.occurrence)
@@ -99,7 +109,9 @@ class _Stage:
             values = WithoutValues(self.device, table(), READS)
             drawn = torch.get_rng_state()
             try:
-                found, failure = self._attempt(trial, trial.apply_shapes, self.bare, values)
+                found, failure = self._attempt(
+                    trial, lambda model: trial.apply_shapes(model, self.walk), self.bare, values
+                )
                 if failure is None and values.reason is None:
                     return found, None
             except StructureError:

@@ -316,7 +316,8 @@ class Tracer(TorchFunctionMode):
             self._note_step(call)
         elif rule is self.rules["add"]:
             numbers = numbers_in(args)
-            if numbers:
+            # A sum that starts at 0 holds no size.
+            if numbers and not (name in _SUMS and numbers == (0,) and isinstance(numbers[0], int)):
                 self.records.scalars[index] = SizeCall(index, name, module, "", "scalar", 0, numbers, (), (), seen)
         layers: list[Layers] = []
         if rule is None:
@@ -399,6 +400,7 @@ class Tracer(TorchFunctionMode):
             self.records.steps[call.index] = Step(call.module, self.value(call.first).call)
 
 
+_SUMS = frozenset(("add", "__add__", "__radd__", "__iadd__"))
 _GIVEN_SIZES = frozenset(("view", "reshape", "unflatten", "expand"))
 _CONSTANT = Value((), True, -1)
 
