@@ -30,6 +30,12 @@ def test_cost_under_contention_compares_networks(capsys, monkeypatch):
     assert "0,1,2" in capsys.readouterr().err
 
 
+def test_cost_shows_where_a_network_can_be_cut(capsys):
+    assert main(["cost", "resnet20", "--split", "--json"]) == 0
+    found = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert found["layer1"]["shape"] == [16, 32, 32] and found["layer3"]["bytes"] == 64 * 8 * 8
+
+
 def test_a_budget_is_measured_under_the_load_and_with_enough_calls(monkeypatch):
     import contextlib
 

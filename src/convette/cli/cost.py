@@ -33,6 +33,9 @@ def cost(
     against: Annotated[
         list[str] | None, typer.Option("--against", help="Another network to compare under --contention.")
     ] = None,
+    split: Annotated[
+        bool, typer.Option("--split", help="Where the network can be cut for edge and server, and what crosses there.")
+    ] = False,
     no_latency: Annotated[bool, typer.Option("--no-latency", help="Only count.")] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images at once.")] = 1,
     image_size: Annotated[int | None, typer.Option("--image-size", min=1, help="Side of the images.")] = None,
@@ -47,7 +50,7 @@ def cost(
 ) -> int:
     """Count what a network costs, layer by layer and in total, and measure its latency here."""
     from convette.pipeline.inspect import cost_of, cost_report, open_model, required_name
-    from convette.pipeline.latency_study import conditions_of, engine_report, study_of, survey_of
+    from convette.pipeline.latency_study import conditions_of, cuts_of, engine_report, study_of, survey_of
 
     def opened(which: str) -> Any:
         return open_model(which, weights=weights, pretrained=pretrained, num_classes=classes, in_channels=channels)
@@ -60,6 +63,9 @@ def cost(
             networks = {name: network, **{other: opened(other) for other in against or []}}
             report, text = study_of(networks, levels, tuple(engine or ()), batch_size=batch_size, image_size=image_size)
             show(report, text)
+            return 0
+        if split:
+            show(*cuts_of(network, image_size=image_size))
             return 0
         survey = None
         if engines is not None and not no_latency:

@@ -52,6 +52,26 @@ def survey_of(
     return survey_engines(model, noise(shape, batch_size), calibration=calibration, images=judged, engines=names)
 
 
+def cuts_of(model: nn.Module, *, image_size: int | None = None) -> tuple[list[dict[str, Any]], Any]:
+    """Return where a network can be cut in two and what crosses there for one image, as JSON values and a table."""
+    from rich.table import Table
+
+    from convette.runtime.edge_split import cut_points
+
+    shape = input_of(model, image_size)
+    image = shape.channels * shape.height * shape.width
+    table = Table(title="Where the network can be cut", caption=f"An image is {image:,} bytes raw.")
+    table.add_column("behind")
+    for title in ("crosses", "bytes in 8 bits", "of the image"):
+        table.add_column(title, justify="right")
+    points = cut_points(model, noise(shape, 1))
+    for point in points:
+        size = "x".join(map(str, point.shape))
+        table.add_row(point.name, size, f"{point.bytes:,}", f"{100 * point.bytes / image:.0f} %")
+    rows = [{"name": point.name, "shape": list(point.shape), "bytes": point.bytes} for point in points]
+    return rows, table
+
+
 def engine_report(cost: Any, survey: EngineSurvey | None) -> Any:
     """Return the report of a cost with that of the engines below it."""
     if survey is None:

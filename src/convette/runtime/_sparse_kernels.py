@@ -127,11 +127,14 @@ def depthwise(x, weights, bias, stride, low, high, out):  # type: ignore[no-unty
                     shift, weight = j - pad, weights[c, i, j]
                     begin = 0 if shift >= 0 else (stride - 1 - shift) // stride
                     end = min(columns, (width - 1 - shift) // stride + 1)
+                    # Slices, because an index that might be negative is looked at each time.
+                    here = x[c, row, begin * stride + shift :]
+                    there = line[begin:end]
                     if stride == 1:
-                        for column in range(begin, end):
-                            line[column] += weight * x[c, row, column + shift]
+                        for column in range(end - begin):
+                            there[column] += weight * here[column]
                     else:
-                        for column in range(begin, end):
-                            line[column] += weight * x[c, row, column * stride + shift]
+                        for column in range(end - begin):
+                            there[column] += weight * here[2 * column]
             for column in range(columns):
                 out[c, y, column] = min(max(line[column], low), high)

@@ -132,7 +132,7 @@ def distil_head(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         schedule.step()
         means.append(float(np.mean(losses)))
     student.eval().requires_grad_(True)
