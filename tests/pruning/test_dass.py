@@ -1,0 +1,165 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from convette.data import MemorySplit, load_data
+from convette.errors import UsageError
+from convette.pruning.dass import (
+    CellNet,
+    DASSSettings,
+    Genotype,
+    SparseConv2d,
+    SparseLinear,
+    candidate_operations,
+    masks_fixed,
+    masks_off,
+    search,
+    sparse_modules,
+    to_sparse,
+)
+from convette.pruning.dass.cells import OPERATIONS
+from convette.pruning.dass.search import _step, phase_of
+
+
+@pytest.fixture(scope="module")
+def few():
+    """A few digits: a supernet of all operations is slow."""
+    data = load_data("digits")
+    train = MemorySplit("train", data.train.images(slice(0, 64)), data.train.labels[:64], data.num_classes)
+    return dataclasses.replace(data, train=train)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.97])
+def test_exactly_the_share_is_masked_and_magnitude_comes_first(sparsity):
+    torch.manual_seed(0)
+    layer = SparseConv2d(6, 8, 3, padding=1, sparsity=sparsity)
+    assert int(layer.mask().sum()) == round((1 - sparsity) * layer.weight.numel())
+    left, gone = layer.weight.abs()[layer.mask()], layer.weight.abs()[~layer.mask()]
+    assert not len(gone) or left.min() >= gone.max()
+    with torch.no_grad():
+        layer.scores.fill_(1.0)
+    if sparsity:
+        flat = layer.mask().flatten()
+        assert flat[: int(flat.sum())].all()  # ties go by index
+
+
+def test_without_sparsity_it_is_the_dense_layer_bit_for_bit():
+    torch.manual_seed(0)
+    sparse, x = SparseConv2d(3, 4, 3, stride=2, padding=1, sparsity=0.0), torch.randn(2, 3, 8, 8)
+    assert torch.equal(sparse(x), F.conv2d(x, sparse.weight, sparse.bias, 2, 1))
+    assert torch.equal(sparse.to_dense()(x), sparse(x))
+    linear = SparseLinear(5, 7, sparsity=0.6)
+    y = torch.randn(3, 5)
+    assert torch.equal(linear.to_dense()(y), linear(y))
+    assert int((linear.to_dense().weight != 0).sum()) == round(0.4 * 35)
+
+
+def test_scores_of_masked_weights_get_gradients_masked_weights_none():
+    torch.manual_seed(0)
+    layer = SparseConv2d(3, 4, 3, sparsity=0.8)
+    layer(torch.randn(2, 3, 6, 6)).square().sum().backward()
+    mask = layer.mask()
+    assert (layer.scores.grad[~mask] != 0).all()
+    assert (layer.weight.grad[~mask] == 0).all() and (layer.weight.grad[mask] != 0).any()
+    # dL/dS = dL/d(WM) W, and dL/dW is the same gradient under the mask.
+    assert torch.allclose(layer.scores.grad[mask], layer.weight.grad[mask] * layer.weight.detach()[mask], atol=1e-5)
+
+
+def test_phases_leave_alone_what_they_are_not_about(few):
+    torch.manual_seed(0)
+    data = few
+    net = CellNet(4, 1, in_channels=1, sparsity=0.8)
+    batch = torch.arange(16)
+    weights = {id(p): p.detach().clone() for p in net.weight_parameters()}
+    scores = torch.optim.SGD(net.score_parameters(), 0.1)
+    before = [layer.mask() for layer in sparse_modules(net)]
+    for _ in range(2):
+        _step(net, data, batch, scores, 5.0)
+    assert all(torch.equal(weights[id(p)], p.detach()) for p in net.weight_parameters())
+    assert any(not torch.equal(a, layer.mask()) for a, layer in zip(before, sparse_modules(net), strict=True))
+    learner = torch.optim.SGD(net.weight_parameters(), 0.1)
+    with masks_fixed(net):
+        before = [layer.mask() for layer in sparse_modules(net)]
+        _step(net, data, batch, learner, 5.0)
+        with torch.no_grad():
+            for parameter in net.score_parameters():
+                parameter.neg_().add_(1)
+        assert all(torch.equal(a, layer.mask()) for a, layer in zip(before, sparse_modules(net), strict=True))
+    assert any(not torch.equal(weights[id(p)], p.detach()) for p in net.weight_parameters())
+
+
+def test_a_cell_has_two_inputs_a_node_and_never_none():
+    net = CellNet(4, 3, in_channels=1)
+    with torch.no_grad():
+        net.normal_alpha[:, candidate_operations().index("none")] = 10.0
+    found = net.genotype()
+    for cell in (found.normal, found.reduction):
+        assert len(cell) == 8 and all(name != "none" for name, _ in cell)
+        for node in range(4):
+            sources = [source for _, source in cell[2 * node : 2 * node + 2]]
+            assert len(set(sources)) == 2 and max(sources) < node + 2
+    assert torch.allclose(net.normal_alpha.softmax(1).sum(1), torch.ones(14))
+    small = CellNet(4, 3, in_channels=1, genotype=found)
+    assert small(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(UsageError):
+        small.genotype()
+    with pytest.raises(UsageError):
+        Genotype((("none", 0),) * 8, found.reduction)
+
+
+def test_a_separable_convolution_has_the_published_parameters():
+    layer = OPERATIONS["sep_conv_3x3"](16, 1, 0.5)
+    names = [(n, p) for n, p in layer.named_parameters() if not n.endswith("scores")]
+    convolutions = sum(p.numel() for n, p in names if p.ndim == 4)
+    assert convolutions == 2 * (9 * 16 + 16 * 16)
+    left = sum(int(module.mask().sum()) for module in sparse_modules(layer))
+    assert left == 2 * 128  # the pointwise ones at half; depthwise stay dense
+
+
+def test_without_sparsity_the_search_is_that_of_darts(few):
+    found = []
+    for objective in (True, False):
+        settings = DASSSettings(
+            sparsity=0.0,
+            channels=4,
+            cells=1,
+            epochs=2,
+            batch_size=256,
+            dense_share=0.0,
+            mask_share=0.0,
+            sparse_objective=objective,
+        )
+        found.append(search(few, settings))
+    assert found[0].genotype == found[1].genotype and found[0].history == found[1].history
+
+
+def test_a_search_goes_through_its_phases(few):
+    settings = DASSSettings(
+        sparsity=0.8, channels=4, cells=1, epochs=4, batch_size=32, dense_share=0.25, mask_share=0.5
+    )
+    assert [phase_of(epoch, settings) for epoch in range(4)] == ["weights", "masks", "masks", "masked weights"]
+    result = search(few, settings)
+    assert [phase for phase, _ in result.history] == ["weights", "masks", "masks", "masked weights"]
+    assert result.model(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+    for wrong in ({"sparsity": 1.0}, {"epochs": 0}, {"dense_share": 0.6, "mask_share": 0.4}):
+        with pytest.raises(UsageError):
+            DASSSettings(**wrong)
+
+
+def test_any_network_takes_sparse_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(128, 4)
+    ).eval()
+    x, dense = torch.randn(2, 2, 8, 8), copy.deepcopy(model)
+    sparse = to_sparse(model, 0.5)
+    assert [type(m) for m in sparse] == [SparseConv2d, nn.ReLU, nn.Conv2d, nn.Flatten, SparseLinear]
+    with masks_off(sparse):
+        assert torch.equal(sparse(x), dense(x))
+    assert not torch.equal(sparse(x), dense(x))
+    with pytest.raises(UsageError):
+        SparseLinear(4, 4, sparsity=1.0)
