@@ -1,0 +1,146 @@
+import copy
+
+import pytest
+import torch
+from tests.pruning.test_schedules import Deep
+from torch import nn
+
+from convette.cost import count, count_parameters
+from convette.data import load_data
+from convette.errors import StructureError, UsageError
+from convette.pruning import l1
+from convette.pruning.yolov3_block_channel import (
+    BlockChannelSettings,
+    SparseFactors,
+    YOLOv3,
+    block_then_channel,
+    branch_norms,
+    class_weights,
+    decode,
+    fold_factors,
+    soft_threshold,
+)
+from convette.pruning.yolov3_block_channel.rounds import smallest_factors
+from convette.surgery import apply, remove, trace
+from convette.training import TrainSettings, train
+
+QUICK = TrainSettings(batch_size=128, learning_rate=0.05, augmentation=(), precision="fp32")
+
+
+def test_the_detector_has_the_published_counts():
+    with torch.device("meta"):
+        model = YOLOv3().eval()
+    assert count_parameters(model) == 61_949_149
+    backbone = sum(count_parameters(part) for part in (model.stem, model.stages))
+    assert backbone == 40_584_928
+    cost = count(model, torch.zeros(1, 3, 416, 416, device="meta"))
+    assert cost.macs == pytest.approx(32.93e9, rel=2e-3)
+
+
+def test_maps_and_boxes_have_the_published_shapes():
+    model = YOLOv3(num_classes=3, width=0.05).eval()
+    with torch.no_grad():
+        maps = model(torch.zeros(1, 3, 64, 64))
+    assert [tuple(one.shape) for one in maps] == [(1, 24, 2, 2), (1, 24, 4, 4), (1, 24, 8, 8)]
+    boxes = decode(maps, 64, 3)
+    assert boxes.shape == (1, 3 * (4 + 16 + 64), 8) and (boxes[..., 2:4] > 0).all()
+    assert 3 * (13**2 + 26**2 + 52**2) == 10_647
+
+
+def test_channels_behind_the_concatenation_are_the_readers_columns():
+    torch.manual_seed(0)
+    model = YOLOv3(num_classes=2, width=0.05).eval()
+    example = torch.randn(1, 3, 64, 64)
+    graph = trace(model, example)
+    assert not graph.frozen
+    reader = model.heads[1].body[0][0]
+    route = model.routes[0][0].out_channels
+    group = next(g for g in graph.groups if any(m.parameter == "routes.0.0.weight" for m in g.of("producer")))
+    columns = next(m.index for m in group.of("consumer") if m.parameter == "heads.1.body.0.0.weight")
+    assert sorted(columns.flatten().tolist()) == list(range(route))
+    kept = {g.name: torch.arange(max(1, g.size // 2)) for g in graph.groups}
+    before = reader.in_channels
+    apply(model, graph.shrink(kept))
+    assert reader.in_channels < before
+    assert [m.shape[1] for m in model(example)] == [21, 21, 21]
+    assert l1(model, trace(model, example))
+
+
+def test_a_factor_of_one_changes_nothing_zero_is_leaving_out_and_folding_is_exact():
+    torch.manual_seed(0)
+    model = YOLOv3(num_classes=2, width=0.05).eval()
+    example = torch.randn(1, 3, 64, 64)
+    norms = branch_norms(model, example)
+    assert len(norms) == 23 and all(name.endswith("second.1") for name in norms.values())
+    with torch.no_grad():
+        before = model(example)
+        same = copy.deepcopy(model)
+        fold_factors(same, dict.fromkeys(norms.values(), 1.0))
+        assert all(torch.equal(a, b) for a, b in zip(before, same(example), strict=True))
+        block, norm = next(iter(norms.items()))
+        gone, zero = copy.deepcopy(model), copy.deepcopy(model)
+        apply(gone, remove(gone, block, example))
+        fold_factors(zero, {norm: 0.0})
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gone(example), zero(example), strict=True))
+        scaled, folded = copy.deepcopy(model), copy.deepcopy(model)
+        scaled.get_submodule(norm).register_forward_hook(lambda module, inputs, output: output * -0.4)
+        fold_factors(folded, {norm: -0.4})
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(scaled(example), folded(example), strict=True))
+    with pytest.raises(StructureError, match="no batch norm"):
+        fold_factors(model, {"stem.0": 1.0})
+
+
+def test_the_proximal_step_makes_exact_zeros():
+    x = torch.tensor([-1.0, -0.05, 0.0, 0.1, 0.5])
+    assert soft_threshold(x, 0.1).tolist() == pytest.approx([-0.9, 0.0, 0.0, 0.0, 0.4])
+    assert int((soft_threshold(x, 0.1) == 0).sum()) == 3
+
+
+def test_weights_of_classes_average_to_one():
+    weights = class_weights([10, 100, 1000])
+    assert float(weights.mean()) == pytest.approx(1.0) and weights[0] > weights[1] > weights[2]
+    assert torch.allclose(class_weights([7, 7, 7]), torch.ones(3))
+    with pytest.raises(UsageError):
+        class_weights([3, 0])
+
+
+def test_sparse_training_shrinks_factors_and_scales_and_folds():
+    data = load_data("digits")
+    torch.manual_seed(0)
+    model, example = Deep(3), data.preprocessing(data.train.images([0]))
+    before = sum(float(m.weight.detach().abs().sum()) for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    method = SparseFactors(0.5, 0.1)
+    settings = TrainSettings(**{**QUICK.__dict__, "epochs": 1})
+    trained = train(model, data, settings, methods=(method,), device="cpu").model
+    assert set(method.factors) == {"blocks.0", "blocks.1", "blocks.2"}
+    assert all(abs(value) < 0.95 for value in method.factors.values())
+    after = sum(float(m.weight.detach().abs().sum()) for m in trained.modules() if isinstance(m, nn.BatchNorm2d))
+    assert after < before and not any(m._forward_hooks for m in trained.modules())
+    assert trained(example).shape == (1, 10)
+    with pytest.raises(StructureError, match="no residual block"):
+        train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), data, settings, methods=(SparseFactors(),), device="cpu")
+    with pytest.raises(UsageError):
+        SparseFactors(-1.0)
+
+
+def test_one_block_of_a_stage_stays():
+    factors = {"a.0": 0.1, "a.1": 0.2, "b.0": 0.05, "c.0": 0.9, "c.1": 0.8, "c.2": 0.7}
+    assert smallest_factors(factors, 0.5, float("inf")) == ("a.0", "c.2", "c.1")
+    assert smallest_factors(factors, 0.5, 0.5) == ("a.0",)
+    assert smallest_factors(factors, 0.0, 1.0) == ()
+
+
+def test_rounds_end_within_the_budget_with_blocks_and_channels_gone():
+    data = load_data("digits")
+    torch.manual_seed(0)
+    model, example = Deep(4), data.preprocessing(data.train.images([0]))
+    settings = BlockChannelSettings(rounds=2, sparse_epochs=1, epochs=1, block_share=0.25)
+    found = block_then_channel(model, data, "macs<=30%", settings, train_settings=QUICK)
+    assert found.macs[-1] <= 0.3 * found.macs[0] and list(found.macs) == sorted(found.macs, reverse=True)
+    assert len(found.blocks[0]) == 1 and set(found.blocks[0]) <= set(found.factors[0])
+    assert found.model(example).shape == (1, 10) and isinstance(model.blocks[0].first, nn.Conv2d)
+    with pytest.raises(UsageError, match="counts"):
+        block_then_channel(model, data, "latency<=1ms", settings)
+    for wrong in ({"rounds": 0}, {"block_share": 2.0}):
+        with pytest.raises(UsageError):
+            BlockChannelSettings(**wrong)
