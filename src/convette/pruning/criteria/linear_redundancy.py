@@ -15,7 +15,7 @@ from convette.pruning._moments import Gathering, Moments, as_matrix, layout_of
 from convette.pruning._units import finite_scores, tensors_of
 from convette.pruning.criteria._observing import Reader, batches_of, find_readers, hooked, run, scoring
 from convette.pruning.criteria.magnitude import check_choice
-from convette.surgery import ChannelGraph, Group
+from convette.surgery import ChannelGraph
 
 WIDEST = 8192
 
@@ -65,10 +65,13 @@ def linear_redundancy(
     with scoring(model), hooked(model, by_parameter, take), torch.no_grad():
         for images, _ in batches:
             run(model, images)
-    scores = {}
+    scores, whole = {}, {}
     for group in graph.groups:
         found = [r for r in readers.get(group.name, ()) if r.parameter in gathering.moments]
-        states = [_state(group, r, gathering, tensors[r.parameter], ridge) for r in found]
+        for reader in found:
+            if reader.parameter not in whole:  # a concatenation is read once for many groups
+                whole[reader.parameter] = _matrices(reader, gathering, tensors[reader.parameter], ridge)
+        states = [_restricted(reader, *whole[reader.parameter]) for reader in found]
         if states:
             scores[group.name] = eliminate(states, group.size, rule)
     return finite_scores(scores, "linear_redundancy", graph)
@@ -117,9 +120,10 @@ class ReaderState:
         across = self.inverse[gone]
         alpha = -torch.linalg.solve(across[:, gone], across) if self.width > 1 else -across / across[0, gone]
         alpha[:, gone] = 0
-        both = self.weights[:, gone] @ alpha
-        self.weights += both + both.T + alpha.T @ (self.weights[gone, gone] @ alpha)
-        self.inverse += across.T @ alpha
+        # W' W of the new weights, in one pass: c a + a' c' with c = M_j + a' M_jj / 2.
+        half = self.weights[:, gone] + alpha.T @ self.weights[gone, gone] / 2
+        self.weights.addmm_(torch.cat([half, alpha.T], dim=1), torch.cat([alpha, half.T]))
+        self.inverse.addmm_(across.T.clone(), alpha)
         for matrix, own in ((self.inverse, 1.0), (self.weights, 0.0)):
             matrix[gone], matrix[:, gone] = 0, 0
             matrix[gone, gone] = own * torch.eye(self.width, dtype=matrix.dtype)  # keeps blocks invertible
@@ -135,7 +139,10 @@ class ReaderState:
         return matrix.view(units, self.width, units, self.width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _state(group: Group, reader: Reader, gathering: Gathering, weight: Tensor, ridge: float) -> ReaderState:
+def _matrices(
+    reader: Reader, gathering: Gathering, weight: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return inverse second moments, ``W' W``, second moments and mean squared output of all inputs of a reader."""
     layout, moments = gathering.layouts[reader.parameter], gathering.moments[reader.parameter]
     second = _whole(moments)
     matrix = as_matrix(weight, layout).cpu()
@@ -143,6 +150,10 @@ def _state(group: Group, reader: Reader, gathering: Gathering, weight: Tensor, r
     scale = second.diagonal().mean().clamp_min(1e-30)
     inverse = torch.linalg.inv(second + ridge * scale * torch.eye(len(second), dtype=second.dtype))
     energy = float((squares * second).sum().clamp_min(1e-30))
+    return inverse, squares, second, energy
+
+
+def _restricted(reader: Reader, inverse: Tensor, squares: Tensor, second: Tensor, energy: float) -> ReaderState:
     own = reader.channels.flatten()
     inverse, squares, second = (square[own][:, own] for square in (inverse, squares, second))
     return ReaderState(inverse, squares, second, reader.channels.shape[1], energy)
