@@ -84,7 +84,8 @@ def test_a_run_converts_trains_prunes_folds_and_exports_what_agrees(tmp_path):
             "run": {"engines": ["onnxruntime:cpu"]},
         }
     )
-    run_recipe(recipe, FIT, out=tmp_path / "run")
+    result = run_recipe(recipe, FIT, out=tmp_path / "run")
+    assert any(note.startswith("Converted before training: weight-align") for note in result.summary.notes)
     assert [line.split(":")[0] for line in read_result(tmp_path / "run", "model").converted] == [
         "BatchNorm2d by sparse-switchable-normalization at stage",
         "weight-align",

@@ -6,6 +6,7 @@ from convette.cost import Cost, format_bytes, format_count, format_milliseconds
 from convette.pipeline.results import (
     ExplainResult,
     ExportResult,
+    ModelResult,
     QuantizationResult,
     Row,
     Summary,
@@ -123,7 +124,13 @@ def _label(key: str) -> tuple[str, Unit]:
 
 
 def _notes(run_dir: Path, verified: VerifyResult) -> list[str]:
-    notes = []
+    started: ModelResult | None = read_result(run_dir, "model")
+    notes = [f"Converted before training: {line}." for line in started.converted] if started is not None else []
+    exported: ExportResult | None = read_result(run_dir, "export")
+    if exported is not None and notes:
+        kinds = sorted(set(exported.unfolded.values()))
+        left = f"{len(exported.unfolded)} layers stay as they are: {' '.join(kinds)}" if kinds else "nothing is left."
+        notes.append(f"Exported with everything folded that can be, exactly; {left}")
     quantized: QuantizationResult | None = read_result(run_dir, "quantize")
     if quantized is not None:
         notes.append(f"Precision: {quantized.reason}")
