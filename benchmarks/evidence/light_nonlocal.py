@@ -9,7 +9,7 @@ Two scikit-learn digits (8 px) lie at random heights at the left and the right e
   and global average pooling at its end, with and without one LightNL layer (all channels compared, stride 1) behind the
   last projection; 3 seeds. Written before any result: both stayed at chance. (A variant with two classes, 20 epochs and
   12 channels was given up at chance too, after one seed: that needs longer trainings than this machine had time for.)
-- "features": 4,000 canvases, 30 epochs at rate 0.1. A convolutional network of 20 px of receptive field and stride 4 is
+- "features": 4,000 canvases, 30 epochs at rate 0.1. A convolutional network of 17 px of receptive field and stride 4 is
   trained to name single digits and then fixed; on its 32 channels a head of a residual depthwise 3x3 convolution, a 1x1
   convolution and global average pooling is trained, or the same head with LightNL's product in front of the depthwise
   convolution, which is LightNL: as many parameters. Written before its results.
