@@ -38,9 +38,8 @@ def _systems_table() -> str:
 
 
 def _card(system: System) -> str:
-    return (
-        f"*{system.title}*, {system.first_author} and others, {system.year}, {_arxiv(system)}. Name: `{system.symbol}`."
-    )
+    name = f" Name: `{system.symbol}`." if system.symbol else ""
+    return f"*{system.title}*, {system.first_author} and others, {system.year}, {_arxiv(system)}.{name}"
 
 
 def _evidence(system: System) -> str:

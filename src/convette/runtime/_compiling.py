@@ -23,4 +23,9 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     if module is None:
         return None
     # Type-checked runs wrap every function; what is compiled is the function itself.
-    return module.njit(cache=True, nogil=True, **options)(inspect.unwrap(function))
+    plain = inspect.unwrap(function)
+    try:
+        return module.njit(cache=True, nogil=True, **options)(plain)
+    except RuntimeError:
+        # Nowhere to keep what was compiled (a read-only installation without a home): each process compiles for itself.
+        return module.njit(nogil=True, **options)(plain)
