@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import convette
 from convette import models, surgery
 from convette.errors import ConvetteError, FileFormatError, StructureError, UsageError
 from convette.layers import find_layer, is_layer, is_placing, public_layers
@@ -137,3 +138,12 @@ def test_a_placing_function_is_an_edit_that_is_undone_replayed_and_checked():
             edit_from_json({**edit.to_json(), "function": name})
     with pytest.raises((StructureError, UsageError)):
         edit.apply(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_convert_takes_slugs_and_names_and_several_kinds_at_once():
+    model = fresh("torchvision:resnet18")
+    convette.convert(model, {nn.BatchNorm2d: "bnet", nn.ReLU: "ATAC"}, IMAGES, include="layer1.*")
+    assert {type(m).__name__ for m in model.layer1.modules()} >= {"BNET2d", "ATAC"}
+    assert model.train()(IMAGES).shape == (2, 4)
+    with pytest.raises(StructureError, match="places itself"):
+        convette.convert(model, {nn.Conv2d: "weight-align"})

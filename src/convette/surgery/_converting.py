@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from convette.errors import StructureError, did_you_mean
+from convette.layers import find_layer, is_layer
 from convette.surgery._apply import StructureChange, apply
 from convette.surgery._constructing import constructor_name, from_attributes, is_plain, layer_class, listed
 from convette.surgery._convert import Convert
@@ -75,7 +76,7 @@ def convert_edits(
 ) -> list[Convert]:
     """Return the edits that replace the layers named by `policies`.
 
-    `policies` maps a class (or the name of one: "BatchNorm2d") to the class that takes its place, a
+    `policies` maps a class (or the name of one: "BatchNorm2d") to the class that takes its place, a slug ("bnet"), a
     ``"module:Class"`` or a `Replacement` with arguments; subclasses match too, the most special policy wins.
     `include` and `exclude` are patterns of module names (``"layer?.*.bn1"``). `where` chooses among the layers left:
     one of `WHERE`; a block is the innermost module of two weighty layers or more that has a number in a sequence or a
@@ -101,10 +102,18 @@ def convert_edits(
         target = _policy(found[name], policies)
         target = target if isinstance(target, Replacement) else Replacement(target)  # type: ignore[arg-type]
         made = target.constructor
-        made = layer_class(made) if isinstance(made, str) else made
+        made = _class_called(made) if isinstance(made, str) else made
         arguments = _arguments(name, found[name], made, target.arguments, channels)
         edits.append(Convert(name, constructor_name(made), arguments, seed, target.keep_activation))
     return edits
+
+
+def _class_called(name: str) -> type[nn.Module]:
+    """Return the layer called ``"module:Class"``, by a public name or by the slug of its system."""
+    found = layer_class(name) if ":" in name else find_layer(name)
+    if not is_layer(found):
+        raise StructureError(f"{name!r} places itself ({found.__name__}); use convette.surgery.convert_by.")
+    return found  # type: ignore[return-value]
 
 
 def _tried(model: nn.Module, edits: Sequence[Edit], example: Any) -> None:
