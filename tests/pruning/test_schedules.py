@@ -13,10 +13,10 @@ from convette.errors import BudgetError, UsageError
 from convette.pruning import GradualPruning, PruneSettings, StepRecord, check_budget, prune
 from convette.pruning import _run as run_module
 from convette.pruning._blocks import least_missed
-from convette.pruning.growing_regularization import GrowingRegularization
 from convette.pruning.in_place_distillation import InPlaceDistillation
+from convette.pruning.methods.growing_regularization import GrowingRegularization
+from convette.pruning.methods.soft_pruning import SoftPruning
 from convette.pruning.recovery import stage_outputs, teaching
-from convette.pruning.soft_pruning import SoftPruning
 from convette.surgery import Origin, load_model, save_model, set_origin, structure_log
 from convette.training import Event, Method, TrainSettings, train
 

@@ -7,9 +7,8 @@ from torch import nn
 from convette.data import load_data
 from convette.errors import StructureError, UsageError
 from convette.models import build_from_origin, create_model
+from convette.pruning.methods import GradualSparsity, KeepSparsity
 from convette.pruning.sparsity import (
-    GradualSparsity,
-    KeepSparsity,
     apply_masks,
     make_masks,
     masks_of,

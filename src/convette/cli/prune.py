@@ -26,7 +26,28 @@ def prune(
         str | None, typer.Option("--criterion", help="l1, l2, taylor, bn_scale, lamp or random. (prune.criterion)")
     ] = None,
     allocation: Annotated[
-        str | None, typer.Option("--allocation", help="global, uniform or per_layer. (prune.allocation)")
+        str | None,
+        typer.Option("--allocation", help="global, uniform, exact, opti_cut, evolution ... (prune.allocation)"),
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", help="iterative, gradual, growing or soft. (prune.schedule)")
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option("--blocks", help="Share of the blocks that may be left out: 25%. (prune.blocks)")
+    ] = None,
+    redistribute: Annotated[
+        bool | None,
+        typer.Option("--redistribute/--no-redistribute", help="Least-squares repair of each cut. (prune.redistribute)"),
+    ] = None,
+    recalibrate: Annotated[
+        bool | None,
+        typer.Option("--recalibrate/--no-recalibrate", help="Batch-norm statistics anew. (prune.recalibrate)"),
+    ] = None,
+    distil: Annotated[
+        bool | None, typer.Option("--distil/--no-distil", help="The unpruned network teaches. (prune.distil)")
+    ] = None,
+    distil_from: Annotated[
+        str | None, typer.Option("--distil-from", help="logits, features or in_place. (prune.distil_from)")
     ] = None,
     constraints: Annotated[
         str | None,
@@ -62,6 +83,9 @@ def prune(
         prune__epochs=epochs,
         prune__criterion=criterion,
         prune__allocation=allocation,
+        prune__schedule=schedule,
+        prune__blocks=o.share("--blocks", blocks),
+        prune__distil_from=distil_from,
         prune__constraints=constraints,
         model__weights=weights,
         model__pretrained=pretrained,
@@ -72,6 +96,8 @@ def prune(
         run__seed=seed,
         run__device=device,
     )
+    switches = {"redistribute": redistribute, "recalibrate": recalibrate, "distil": distil}
+    values |= {f"prune.{name}": value for name, value in switches.items() if value is not None}
     with results(json) as show:
         wanted = o.recipe_of(None, recipe, values)
         file = out or Path(f"{Path(wanted.model.name.rpartition(':')[2]).stem}-pruned.safetensors")

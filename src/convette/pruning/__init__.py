@@ -47,6 +47,7 @@ from convette.pruning.criteria.criteria_blending import Blend, blend_search, cri
 from convette.pruning.criteria.discriminant_information import discriminant_value
 from convette.pruning.criteria.feature_map_information import LayerRemoval, layer_information, remove_layers
 from convette.pruning.gradual import GradualPruning
+from convette.pruning.in_place_distillation import InPlaceDistillation
 from convette.pruning.recovery import RECOVERY, recalibrate, recover
 from convette.pruning.redistribution import Repair, redistribute
 from convette.pruning.result import PruneResult, StepRecord
@@ -59,6 +60,7 @@ __all__ = [
     "RECOVERY",
     "Blend",
     "GradualPruning",
+    "InPlaceDistillation",
     "LayerRemoval",
     "PruneResult",
     "PruneSettings",

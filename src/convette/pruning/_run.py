@@ -22,12 +22,12 @@ from convette.pruning._distributed import copy_from_main_rank, decided_by_main_r
 from convette.pruning._measured import MEASURED, Measure, MeasuredLimits
 from convette.pruning._store import StateStore, fingerprint
 from convette.pruning.gradual import GradualPruning
-from convette.pruning.growing_regularization import GrowingRegularization
+from convette.pruning.methods.growing_regularization import GrowingRegularization
+from convette.pruning.methods.soft_pruning import SoftPruning
 from convette.pruning.recovery import recalibrate, recover
 from convette.pruning.redistribution import redistribute
 from convette.pruning.result import PruneResult, StepRecord, widths_of, write_history
 from convette.pruning.settings import PruneSettings
-from convette.pruning.soft_pruning import SoftPruning
 from convette.surgery import ModelCard, card_of, set_card, structure_log, trace
 from convette.training import EpochRecord, Method, TrainSettings, evaluate
 

@@ -8,7 +8,7 @@ from convette.errors import UsageError
 from convette.pruning._distributed import decided_by_main_rank
 from convette.pruning._units import tensors_of
 from convette.pruning.gradual import GradualPruning, one_image
-from convette.pruning.growing_regularization import dropped_entries
+from convette.pruning.methods.growing_regularization import dropped_entries
 from convette.surgery import trace
 
 if TYPE_CHECKING:
