@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
+from tests.cost.test_latency_table import macs_timer
 from torch import nn
 
 from convette.cost import Cost, LatencyCost, Limit, WidthCost, count, measure_table
@@ -13,7 +14,6 @@ from convette.pruning import PruneSettings, WidthRules, prune, random
 from convette.pruning.hardware_aware_filter_pruning import information_gain, opti_cut
 from convette.runtime import Latency
 from convette.surgery import apply, masked, trace
-from tests.cost.test_latency_table import macs_timer
 
 
 def limit(metric: str, value: float) -> Limit:
