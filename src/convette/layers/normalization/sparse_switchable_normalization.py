@@ -366,6 +366,10 @@ class TwoMomentNorm2d(nn.Module):
             moments["bn"] = Moments(self.running_mean.view(1, -1, 1, 1), self.running_var.view(1, -1, 1, 1))
         return normalise(x, Moments(moments[self.mean].mean, moments[self.var].var), self.eps, self.weight, self.bias)
 
+    def folded(self) -> nn.Module:
+        """Raise `Stays`: one of both moments is the input's."""
+        raise Stays(f"TwoMomentNorm2d takes its mean as {self.mean!r} and its variance as {self.var!r}: no plain norm.")
+
     def extra_repr(self) -> str:
         return f"{self.num_features}, mean={self.mean!r}, var={self.var!r}"
 
