@@ -9,6 +9,7 @@ is loaded again, run on an example, and its multiply-accumulates are counted. Ve
 
 - pruned: the file is there, loads, runs, and holds the budget;
 - refused: one clear line and exit code (the line is recorded);
+- no classifier: the table also has detectors, segmentation and optical flow of torchvision, which convette builds not;
 - failed: anything else (a traceback, a file that does not load, a budget missed).
 
 Writes benchmarks/results/prune_any.json after every model, so that a run that is stopped goes on where it was.
@@ -60,7 +61,10 @@ def one(name: str, folder: Path) -> dict:
     if code:
         lines = [line for line in lamented.getvalue().splitlines() if line.strip()]
         one_line = len(lines) == 1 and lines[0].startswith("convette: ")
-        return row | {"result": "refused" if one_line else "failed", "code": code, "reason": " ".join(lines)[:400]}
+        verdict = "refused" if one_line else "failed"
+        if one_line and lines[0].endswith("it is no classifier."):
+            verdict = "no classifier"
+        return row | {"result": verdict, "code": code, "reason": " ".join(lines)[:400]}
     path = json.loads(said.getvalue())["path"]
     row |= {"macs_before": path[0]["macs"], "macs_after": path[-1]["macs"], "bytes": file.stat().st_size}
     model = load(file)
@@ -137,7 +141,7 @@ def main() -> None:
     rows = {row["model"]: row for row in json.loads(RESULT.read_text())["results"]} if RESULT.exists() else {}
     wanted = options.models or [name for name in names if name not in rows]
     if options.again:
-        wanted = [name for name in names if name in rows and rows[name]["result"] != "pruned"]
+        wanted = [name for name in names if name in rows and rows[name]["result"] in ("refused", "failed")]
     torch.set_num_threads(1)
     before = json.loads(RESULT.read_text())["seconds"] if RESULT.exists() else 0.0
     for name in wanted:
