@@ -149,7 +149,10 @@ def systems() -> dict[str, list[Case]]:
             Case(
                 "conv 3x3, 64 to 64 ch., 16 px",
                 f"R = {rank}, {'folded' if make is FactorizedConv2d else 'as it is'}",
-                lambda rank=rank, make=make: (nn.Conv2d(64, 64, 3, padding=1), make(64, 64, 3, padding=1, rank=rank)),
+                lambda rank=rank, make=make: (
+                    nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)),
+                    nn.Sequential(make(64, 64, 3, padding=1, rank=rank)),  # a layer with children folds in a network
+                ),
                 (16, 64, 16, 16),
             )
             for rank, make in ((1, Kept), (2, Kept), (4, Kept), (2, FactorizedConv2d))
