@@ -8,6 +8,7 @@ from convette._catalogue import System, catalogue
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/evidence/results"
 PRICES = Path(__file__).parent.parent / "benchmarks/results/layers.json"
+PICTURES = Path(__file__).parent / "images"
 NORMALISERS = Path(__file__).parent.parent / "benchmarks/results/normalization.json"
 
 
@@ -16,7 +17,7 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     markdown = markdown.replace("<!-- systems -->", _systems_table())
     markdown = re.sub(r"<!-- card: ([\w-]+) -->", lambda found: _card(_find(found[1])), markdown)
     markdown = re.sub(r"<!-- price: ([\w-]+) -->", lambda found: _price(found[1]), markdown)
-    markdown = re.sub(r"<!-- study: (\w+) -->", lambda found: _result(f"{found[1]}.json"), markdown)
+    markdown = re.sub(r"<!-- study: (\w+) -->", lambda found: _study(found[1]), markdown)
     return re.sub(r"<!-- evidence: ([\w-]+) -->", lambda found: _evidence(_find(found[1])), markdown)
 
 
@@ -44,6 +45,12 @@ def _card(system: System) -> str:
 
 def _evidence(system: System) -> str:
     return _result(system.evidence) if system.evidence is not None else "Not measured yet."
+
+
+def _study(name: str) -> str:
+    """A study's result and, where it has been drawn, its picture."""
+    picture = f"\n\n![{name.replace('_', ' ')}](../../images/{name}.svg)"
+    return _result(f"{name}.json") + (picture if (PICTURES / f"{name}.svg").exists() else "")
 
 
 def _result(file: str) -> str:
