@@ -343,7 +343,7 @@ class FactorizedConv2d(_FactorizedConv):
 
     Cost: ``R out (in + kh + kw)`` parameters and about as many MACs a position, against ``out in kh kw``; break-even
     at R = ``in kh kw / (in + kh + kw)`` (`break_even`). Three convolutions instead of one and maps of R out channels
-    in between: on a CPU often slower than a dense 3x3 for R above 2. Folds, exactly, to the `nn.Conv2d` with the
+    in between: on a CPU slower than a dense 3x3 from R = 2 on. Folds, exactly, to the `nn.Conv2d` with the
     composed kernel (`folded`, unless it is to stay small: `deploy`). Ranks and initialisation are reconstructed.
 
     Source: A priori compression of convolutional neural networks for wave simulators, Boukraichi et al. 2023,
