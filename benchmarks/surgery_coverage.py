@@ -384,7 +384,8 @@ def main() -> None:
     rows = {row["model"]: row for row in before["results"]}
     names = options.models
     if options.all:
-        names = before.get("families") if options.rest and before.get("families") else list(families().values())
+        known = before.get("families") if options.rest or options.compare else None
+        names = known or list(families().values())
         rows = rows if options.rest else {}
         names = [name for name in names if name not in rows]
     elif options.again is not None:
