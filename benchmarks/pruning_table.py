@@ -254,7 +254,7 @@ class Bench:
         self._gradients(network, importance, criterion)
         names = {id(module): name for name, module in modules.items()}
         selection = {}
-        for group in pruner.step(interactive=True):
+        for group in pruner.step(interactive=True) or ():
             dependency, gone = group[0]
             name = names[id(dependency.target.module)]
             kept = torch.ones(self.graph[name].size, dtype=torch.bool)
@@ -391,16 +391,17 @@ def picture(found: Mapping[str, Any], path: Path) -> None:
         for column, speedup in enumerate(speedups):
             axis = axes[row][column]
             for recovery in recoveries:
-                values = [mean_of(arms, network, criterion, speedup, recovery) for criterion in criteria]
-                places = [i for i, value in enumerate(values) if value is not None]
+                values = {i: mean_of(arms, network, name, speedup, recovery) for i, name in enumerate(criteria)}
+                seen = {place: 100 * value for place, value in values.items() if value is not None}
                 mark, colour = marks[recovery]
                 axis.plot(
-                    [100 * values[i] for i in places],
-                    places,
+                    list(seen.values()),
+                    list(seen),
                     mark,
                     color=colour,
                     markersize=4,
-                    label=SHOWN[recovery],  # type: ignore[operator]
+                    linestyle="",
+                    label=SHOWN[recovery],
                 )
             axis.axvline(100 * arms[f"{network} unpruned"]["accuracy"], color="#444444", linewidth=0.8, linestyle=":")
             axis.set_title(f"{network}, {speedup:g}x fewer MACs", fontsize=9)
