@@ -77,19 +77,20 @@ class EdgeServer:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        try:
-            with client:
+        # Closed last: whoever sees the connection end finds the reason noted.
+        with client:
+            try:
                 while True:
                     values = decode(receive(client))
                     with torch.no_grad():
                         outputs = self.run(torch.from_numpy(values))
                     send(client, encode(outputs.float().numpy(), self.bits))
-        except EOFError:
-            pass
-        except Exception as error:
-            self.failures.append(str(error))
-        finally:
-            self._clients.discard(client)
+            except EOFError:
+                pass
+            except Exception as error:
+                self.failures.append(str(error))
+            finally:
+                self._clients.discard(client)
 
 
 class EdgeClient:
