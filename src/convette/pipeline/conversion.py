@@ -24,7 +24,7 @@ def convert_network(recipe: Recipe, model: nn.Module, example: Tensor) -> list[s
         except ConvetteError as error:
             raise type(error)(f"convert, step {number} ({step.words()}): {error}") from error
         places = sum(edit.kind != surgery.Install.kind for edit in change.edits)
-        done.append(f"{step.words()}: {places} layers" if places else step.words())
+        done.append(f"{step.words()}: {places} layer{'s' * (places > 1)}" if places else step.words())
         note(f"convert: {done[-1]}")
     return done
 

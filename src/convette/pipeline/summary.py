@@ -129,7 +129,7 @@ def _notes(run_dir: Path, verified: VerifyResult) -> list[str]:
     exported: ExportResult | None = read_result(run_dir, "export")
     if exported is not None and notes:
         kinds = sorted(set(exported.unfolded.values()))
-        left = f"{len(exported.unfolded)} layers stay as they are: {' '.join(kinds)}" if kinds else "nothing is left."
+        left = f"left as it is: {', '.join(exported.unfolded)} ({' '.join(kinds)})" if kinds else "nothing is left."
         notes.append(f"Exported with everything folded that can be, exactly; {left}")
     quantized: QuantizationResult | None = read_result(run_dir, "quantize")
     if quantized is not None:
