@@ -90,6 +90,7 @@ CRITERIA: dict[str, str] = {
     "loss_increase": f"{_HERE}.loss_increase:loss_increase",
     "random": f"{_HERE}.random:random",
     "second_order": f"{_HERE}.second_order:second_order",
+    "subsidiary": "convette.pruning.main_subsidiary:subsidiary",
     "taylor": f"{_HERE}.taylor:taylor",
     "trajectory": f"{_HERE}.optin:trajectory",
 }
@@ -110,6 +111,7 @@ NEED_DATA = frozenset(
         "linear_redundancy",
         "loss_increase",
         "second_order",
+        "subsidiary",
         "taylor",
         "trajectory",
     }
