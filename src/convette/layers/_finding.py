@@ -64,7 +64,7 @@ def find_layer(name: str) -> type[nn.Module] | PlacingFunction:
     system = next((row for row in catalogue() if row.slug == name and _home_of(row)), None)
     if system is not None:
         return _of_system(system)
-    layer = getattr(nn, name, None)
+    layer: Any = getattr(nn, name, None)
     if is_layer(layer):
         return layer
     options = [*known, *(row.slug for row in catalogue() if _home_of(row))]
@@ -115,7 +115,7 @@ def _of_system(system: System) -> type[nn.Module] | PlacingFunction:
         return found
     # Not finished, but in the tree: the function named like the file, else its first public class of layers.
     home = importlib.import_module(str(_home_of(system)))
-    named = getattr(home, home.__name__.rpartition(".")[2], None)
+    named: Any = getattr(home, home.__name__.rpartition(".")[2], None)
     if is_placing(named):
         return named
     public = public_layers()
