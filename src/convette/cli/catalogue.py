@@ -9,7 +9,9 @@ from convette.cli._output import results
 
 
 def catalogue(
-    room: Annotated[str | None, typer.Option("--room", help="Only this room.")] = None,
+    room: Annotated[
+        list[str] | None, typer.Option("--room", help="Only this room; may be given several times.")
+    ] = None,
     state: Annotated[str | None, typer.Option("--state", help="Only planned, or only works.")] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -22,7 +24,8 @@ def catalogue(
 
     from convette._catalogue import catalogue as read_catalogue
 
-    systems = read_catalogue(room=room, state=state)
+    rooms = dict.fromkeys(room or [None])
+    systems = [system for name in rooms for system in read_catalogue(room=name, state=state)]
     table = Table(title=f"{len(systems)} systems")
     for column in ("room", "slug", "name", "kind", "year", "arXiv", "state"):
         table.add_column(column)
