@@ -59,6 +59,6 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if near:
         return f" Did you mean {near[0]!r}?"
-    if 0 < len(options) <= 12:
+    if 0 < len(options) <= 32:
         return " Known: " + ", ".join(options) + "."
     return ""
