@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from convette._progress import note
 from convette.cli.main import app, main
 
 RUN = ["--set", "run.device=cpu"]
@@ -107,6 +108,13 @@ def test_json_is_one_object_on_standard_output(capsys):
     assert json.loads(capsys.readouterr().out)["train"]["epochs"] == 3
     assert main(["recipe", "--schema"]) == 0
     assert "budget" in json.loads(capsys.readouterr().out)["properties"]
+
+
+def test_quiet_lasts_as_long_as_the_command(capsys):
+    assert main(["catalogue", "--quiet"]) == 0
+    capsys.readouterr()
+    note("heard")
+    assert "heard" in capsys.readouterr().err
 
 
 def test_a_printed_recipe_is_a_recipe(capsys, tmp_path):

@@ -78,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         text = f"{type(error).__name__}: {error}".replace("\n", " ")
         return _fail(f"{text} (a bug, please report it with the output of --debug)", 1, error)
+    finally:
+        # Who calls this from Python keeps the notes of what comes after.
+        _state.set_quiet(False)
 
 
 def _usage(error: Any) -> str:
