@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from convette.cost import WidthCost, count
+from convette.layers.complex import to_complex
+from convette.models import create_model
 from convette.surgery import apply, trace
 
 # Name, side of the image. Between them: residuals, depthwise and grouped convolutions, concatenations, squeeze and
@@ -21,8 +23,6 @@ MODELS = [
 
 
 def build(name, side):
-    from convette.models import create_model
-
     torch.manual_seed(0)
     return create_model(name, num_classes=7).eval(), torch.randn(1, 3, side, side)
 
@@ -57,3 +57,17 @@ def test_predicted_is_counted(name, side):
     assert cost.macs < count(model, example).macs
     assert width_cost.macs(selection) == cost.macs
     assert (width_cost.parameters(selection), width_cost.size(selection)) == (cost.parameters, cost.size)
+
+
+def test_sizes_that_hang_on_two_groups_are_not_taken_for_a_third():
+    # The padded shortcuts of these networks put two groups side by side in one stream, and the weights are computed.
+    model = to_complex(create_model("resnet20", seed=0)).eval()
+    example = torch.randn(1, 3, 16, 16)
+    graph = trace(model, example)
+    cost = WidthCost(model, example, graph)
+    assert cost.exact
+    for group in graph.groups:
+        selection = {group.name: torch.arange(max(1, group.size // 2))}
+        smaller = copy.deepcopy(model)
+        apply(smaller, graph.shrink(selection), example=example)
+        assert cost.macs(selection) == count(smaller, example).macs, group.name

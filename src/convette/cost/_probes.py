@@ -131,8 +131,9 @@ def fit(blank: Blank, sizes: Sequence[tuple[int, ...]], numbers: Sequence[int]) 
     """Fit the sizes of the operations `numbers` (which are `sizes` at full width) as affine in the widths.
 
     Mostly a size depends on one group. Groups are numbered from one, and the run number ``b`` shrinks those with bit
-    ``b`` in their number: the runs in which a size changes spell its group. A size that spells none, or changes
-    unevenly, depends on several groups, which are then tried one by one.
+    ``b`` in their number: the runs in which a size changes spell its group. A size that spells none, changes unevenly,
+    or is not what one more run says (two groups together may spell a third), depends on several groups, which are then
+    tried one by one.
     """
     names, full = blank.groups, np.array([size for op in sizes for size in op], dtype=float)
     slopes = np.zeros((len(full), len(names)))
@@ -151,6 +152,10 @@ def fit(blank: Blank, sizes: Sequence[tuple[int, ...]], numbers: Sequence[int]) 
                 slopes[row, column] = column_of_change[changed[0]] / removed[column]
             else:
                 odd.append(row)
+        uneven = {name: 0.3 + 0.1 * (column % 5) for column, name in enumerate(names)}
+        wrong = np.abs(full - slopes @ np.array(blank.removed(uneven)) - blank.sizes(numbers, uneven)) > 1e-6
+        odd = sorted({*odd, *np.flatnonzero(wrong).tolist()})
+        slopes[odd] = 0
         for column in range(len(names)) if odd else ():
             if removed[column]:
                 lost = full - blank.sizes(numbers, {names[column]: 0.5})
