@@ -304,3 +304,8 @@ def test_any_conversion_replays_bit_for_bit(target, where, seed):
     )
     with torch.no_grad():
         assert torch.equal(again(IMAGES), model(IMAGES))
+
+
+def test_a_class_the_network_does_not_have_is_noted_beside_one_it_has(capsys):
+    surgery.convert(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()), {nn.ReLU: nn.SiLU, nn.Tanh: nn.SiLU})
+    assert "is a Tanh" in capsys.readouterr().err

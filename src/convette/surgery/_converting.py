@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from convette._progress import note
 from convette.errors import StructureError, did_you_mean
 from convette.layers import find_layer, is_layer
 from convette.surgery._apply import StructureChange, apply
@@ -84,7 +85,8 @@ def convert_edits(
     layer's attributes of the same name or meaning; the number of channels, where the old layer does not say, from a
     run on `example`.
 
-    Raises `StructureError` where nothing matches, or an argument is neither given nor found.
+    A policy that fits no layer, while another does, is noted. Raises `StructureError` where nothing matches, or an
+    argument is neither given nor found.
     """
     if where not in WHERE:
         raise StructureError(f"where {where!r}:{did_you_mean(where, WHERE)}")
@@ -96,6 +98,7 @@ def convert_edits(
         kinds = {type(layer).__name__ for layer in model.modules() if not list(layer.children())}
         wanted = ", ".join(key if isinstance(key, str) else key.__name__ for key in policies)
         raise StructureError(f"no layer of {type(model).__name__} fits {wanted}; it has {', '.join(sorted(kinds))}.")
+    _say_unused(model, policies, [found[name] for name in names])
     channels = _Channels(model, example)
     edits = []
     for name in names:
@@ -106,6 +109,14 @@ def convert_edits(
         arguments = _arguments(name, found[name], made, target.arguments, channels)
         edits.append(Convert(name, constructor_name(made), arguments, seed, target.keep_activation))
     return edits
+
+
+def _say_unused(model: nn.Module, policies: Policies, chosen: Sequence[nn.Module]) -> None:
+    """Note the policies that fit none of the `chosen` layers: the network may call a function there, not a layer."""
+    for key in policies:
+        if all(_policy(layer, {key: True}) is None for layer in chosen):
+            name = key if isinstance(key, str) else key.__name__
+            note(f"convert: no layer chosen in {type(model).__name__} is a {name}; what is called as a function stays")
 
 
 def _class_called(name: str) -> type[nn.Module]:
@@ -141,7 +152,7 @@ def _tried(model: nn.Module, edits: Sequence[Edit], example: Any) -> None:
         raise StructureError(f"the converted network's outputs are {after}, not {before}.")
 
 
-def _policy(layer: nn.Module, policies: Policies) -> Any:
+def _policy(layer: nn.Module, policies: Mapping[Any, Any]) -> Any:
     lineage = type(layer).__mro__
     best: tuple[int, Any] | None = None
     for key, value in policies.items():
