@@ -184,7 +184,8 @@ def one(name: str) -> dict:
         selection = {}
         for group in graph:
             kept = (torch.rand(group.size, generator=draw) < 0.5).nonzero().view(-1)
-            selection[group.name] = kept if len(kept) else torch.tensor([0])
+            least = max(1, group.constraints.minimum)
+            selection[group.name] = kept if len(kept) >= least else torch.arange(least)
         start = time.perf_counter()
         edit = graph.shrink(selection)
         row["shrink_s"] = time.perf_counter() - start

@@ -218,3 +218,31 @@ def test_shapes_that_do_not_fit_are_not_guessed():
     assert SHAPES["mean"](x) is None and SHAPES["mean"](x, 4) is None
     with pytest.raises(StructureError, match="does not run on the example"):
         surgery.trace(Two(lambda x: x[:, :5]).eval(), IMAGES)
+
+
+class Remembering(nn.Module):
+    """Keeps a table for each device it has seen, as timm's attention does, and has a statistic over channels after."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.table = nn.Parameter(torch.randn(3, 5))
+        self.norm = nn.LayerNorm(8)
+        self.last = nn.Linear(8, 2)
+        self.bias_cache = {}
+
+    def forward(self, x):
+        key = str(x.device)
+        if key not in self.bias_cache:
+            self.bias_cache[key] = self.table[:, [0, 2]].sum()
+        return self.last(self.norm(self.first(x) + self.bias_cache[key]))
+
+
+def test_a_proof_holds_for_a_network_that_has_run_before():
+    model = Remembering().eval()
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        model(x)
+    graph = surgery.trace(model, x)
+    surgery.apply(model, graph.shrink({"first": torch.arange(5)}), example=x, prove=True)
+    assert model.first.weight.shape == (5, 4)

@@ -18,6 +18,7 @@ from convette.surgery._records import Layers, Scope
 from convette.surgery._rules import READS
 from convette.surgery._sizes import Expectation
 from convette.surgery._trace import call, evaluating, outputs_of
+from convette.surgery._walk import Kept, Walk
 
 
 def keeping_of(graph: ChannelGraph, edit: Shrink) -> Tensor:
@@ -37,12 +38,16 @@ def expected_outputs(graph: ChannelGraph, edit: Shrink) -> list[Tensor]:
     """Return what `graph.model`, shrunk by `edit`, must give on the graph's example (floating-point outputs only)."""
     model = graph.model
     mode = _LeaveOut(graph, Expectation(graph.roots, keeping_of(graph, edit)))
+    # The run has to be, call for call, the one that was labelled: that had no tables from earlier runs to go by.
+    attributes = Kept(Walk(model))
+    attributes.forget()
     saved = _zeroed(model, edit.kept)
     try:
         with evaluating(model), mode:
             result = call(model, graph.example)
         return [tensor.clone() for tensor in outputs_of(result, []) if tensor.is_floating_point()]
     finally:
+        attributes.restore()
         with torch.no_grad():
             for tensor, values in saved:
                 tensor.copy_(values)
