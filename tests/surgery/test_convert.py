@@ -12,6 +12,7 @@ from torch import nn
 
 from convette import surgery
 from convette.errors import FileFormatError, StructureError
+from convette.layers.activation import ATAC
 from convette.surgery import Replacement
 
 
@@ -151,7 +152,7 @@ def test_arguments_from_the_old_layer_and_from_a_run():
         "circular",
     )
     with pytest.raises(StructureError, match="channels"):
-        surgery.convert_edits(model, {nn.ReLU: Gate})
+        surgery.convert_edits(nn.Sequential(nn.Linear(3, 6), nn.ReLU()), {nn.ReLU: Gate})  # no image to guess
     surgery.convert(model, {nn.ReLU: Gate}, IMAGES)
     assert model[2].linear.in_features == 6
     surgery.convert(model, {Gate: nn.PReLU}, IMAGES)
@@ -309,3 +310,9 @@ def test_any_conversion_replays_bit_for_bit(target, where, seed):
 def test_a_class_the_network_does_not_have_is_noted_beside_one_it_has(capsys):
     surgery.convert(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()), {nn.ReLU: nn.SiLU, nn.Tanh: nn.SiLU})
     assert "is a Tanh" in capsys.readouterr().err
+
+
+def test_channels_are_found_without_an_example():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 1), nn.ReLU())
+    surgery.convert(net, {nn.ReLU: ATAC})
+    assert (net[1].expand.out_channels, net[3].expand.out_channels) == (4, 6)

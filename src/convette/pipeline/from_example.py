@@ -3,20 +3,19 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from convette import models
 from convette._progress import note
 from convette.cost import Budget, status_text
-from convette.errors import UsageError
+from convette.errors import StructureError, UsageError
 from convette.pipeline._latency import measure_from_start
 from convette.pipeline.inspect import input_of, open_model
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.single import PruneOutcome
 from convette.pipeline.stages.compress import limit_result, path_point
 from convette.pruning import prune
-from convette.surgery import ModelCard, card_of, set_card
+from convette.surgery import ModelCard, card_of, first_that_runs, set_card
 
 # Tried one after the other where the input a network states is not known: (frames and) rows and columns.
 _SIDES = (224, 256, 299, 320, 384, 96, 32)
@@ -29,20 +28,13 @@ def example_of(model: nn.Module) -> Tensor:
     Raises `UsageError` with what the network says to the stated size where it runs on no size that was tried.
     """
     stated = input_of(model)
-    generator = torch.Generator().manual_seed(0)
     shapes = [(stated.channels, stated.height, stated.width)]
     shapes += [(stated.channels, side, side) for side in _SIDES]
     shapes += [(stated.channels, frames, side, side) for frames, side in _CLIPS]
-    first = ""
-    for shape in dict.fromkeys(shapes):
-        example = torch.randn(1, *shape, generator=generator)
-        try:
-            with torch.no_grad():
-                model.eval()(example)
-            return example
-        except Exception as error:  # The network's own: whatever it does not run on.
-            first = first or (str(error) or type(error).__name__).splitlines()[0]
-    raise UsageError(f"{type(model).__name__} runs on no image of {stated.height} pixels nor other sizes: {first}")
+    try:
+        return first_that_runs(model, shapes)
+    except StructureError as error:
+        raise UsageError(f"{error} ({stated.height} pixels, then other sizes)") from error
 
 
 def prune_from_example(recipe: Recipe, out: Path | str) -> PruneOutcome:

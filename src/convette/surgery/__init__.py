@@ -25,6 +25,7 @@ from convette.surgery._graph import ChannelGraph, Selection
 from convette.surgery._groups import Constraints, Group, Member
 from convette.surgery._grow import Grow, Scale
 from convette.surgery._growing import grow, ungrow
+from convette.surgery._guessing import first_that_runs
 from convette.surgery._insert import Insert, ZeroGammaBlock, insert
 from convette.surgery._install import Install
 from convette.surgery._log import ModelCard, Origin, StructureLog, card_of, set_card, set_origin, structure_log
@@ -90,6 +91,7 @@ __all__ = [
     "convert_by",
     "convert_edits",
     "edit_from_json",
+    "first_that_runs",
     "fold",
     "fold_edits",
     "fold_further",

@@ -16,6 +16,7 @@ from convette.surgery._apply import StructureChange, apply
 from convette.surgery._constructing import constructor_name, from_attributes, is_plain, layer_class, listed
 from convette.surgery._convert import Convert
 from convette.surgery._edits import Edit
+from convette.surgery._guessing import guessed_image
 from convette.surgery._placing import is_block
 from convette.surgery._trace import call, evaluating, outputs_of
 
@@ -83,7 +84,7 @@ def convert_edits(
     one of `WHERE`; a block is the innermost module of two weighty layers or more that has a number in a sequence or a
     sibling of its class, a stage the module it stands in. Arguments the new class asks for are taken from the old
     layer's attributes of the same name or meaning; the number of channels, where the old layer does not say, from a
-    run on `example`.
+    run on `example` (without one: on noise of the first size of image that the network takes).
 
     A policy that fits no layer, while another does, is noted. Raises `StructureError` where nothing matches, or an
     argument is neither given nor found.
@@ -211,6 +212,9 @@ class _Channels:
     def of(self, layer: nn.Module) -> int | None:
         if self.known is None:
             self.known = {}
+            if self.example is None:
+                # Channels are the same at any size, so any image will do.
+                self.example = guessed_image(self.model)
             if self.example is not None:
                 self._run()
         return self.known.get(id(layer))
