@@ -1,16 +1,12 @@
 """What holds for every layer beside the normalisers: odd input, state, folds, export, compilation, surgery."""
 
-import contextlib
-import copy
-import subprocess
-import sys
-
 import pytest
 import torch
+from tests.layers import common
 from torch import nn
 
 from convette.errors import UsageError
-from convette.layers import Stays, fold_layers, folded_form
+from convette.layers import Stays, folded_form
 from convette.layers.activation import ATAC, LateralInhibition2d, RingInhibitedConv2d
 from convette.layers.attention import LightNonLocal2d, SoAG
 from convette.layers.convolution import QuadraticConv2d
@@ -46,33 +42,20 @@ def example(count=8):
 
 
 def learned(name):
-    """A layer after two training batches, its parameters moved a little."""
-    torch.manual_seed(5)
-    layer = LAYERS[name]().train()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            if name != "inhibition_none":
-                parameter.add_(0.05 * torch.rand_like(parameter))
-    for _ in range(2):
-        layer(example())
-    return layer
+    return common.learned(LAYERS[name], example(), move=name != "inhibition_none")
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_state_copies_and_batches(name):
-    layer, x = learned(name).eval(), example()
-    fresh = LAYERS[name]()
-    fresh.load_state_dict(layer.state_dict(), strict=True)
-    assert torch.equal(fresh.eval()(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
-    torch.testing.assert_close(layer(x)[:1], layer(x[:1]), atol=1e-5, rtol=1e-5)
+    layer = learned(name).eval()
+    common.check_state_and_copies(LAYERS[name], layer, example())
+    common.check_examples_are_alone(layer, example())
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("training", [True, False])
 def test_channels_last_gives_the_same(name, training):
-    layer, x = learned(name).train(training), example()
-    other = copy.deepcopy(layer)
-    torch.testing.assert_close(other(x.contiguous(memory_format=torch.channels_last)), layer(x), atol=1e-5, rtol=1e-5)
+    common.check_channels_last(learned(name).train(training), example())
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -95,13 +78,7 @@ def _autocast(layer, x):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
 def test_constant_input_gives_finite_numbers_and_gradients(name, value):
-    layer = LAYERS[name]().train()
-    x = torch.full((4, C, 5, 4), value, requires_grad=True)
-    y = layer(x)
-    assert bool(torch.isfinite(y).all())
-    y.sum().backward()
-    for tensor in (x, *layer.parameters()):
-        assert tensor.grad is None or bool(torch.isfinite(tensor.grad).all())
+    common.check_constant_input(LAYERS[name]().train(), torch.full((4, C, 5, 4), value))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -117,12 +94,7 @@ def test_not_a_number_comes_out(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_empty_batch(name):
-    layer, x = learned(name), example()[:0]
-    assert layer.eval()(x).shape == x.shape
-    before = copy.deepcopy(layer.state_dict())
-    with contextlib.suppress(UsageError):
-        assert layer.train()(x).shape == x.shape
-    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    common.check_empty_batch(learned(name), example())
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -134,11 +106,8 @@ def test_batch_of_one_and_maps_of_one_pixel(name):
     else:
         assert bool(torch.isfinite(layer(x)).all())
     pixel = x[..., :1, :1]
-    state = copy.deepcopy(layer.state_dict())
     if name in BATCH:
-        with pytest.raises(UsageError, match="at least 2"):
-            layer(pixel)
-        assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+        common.check_one_value_is_refused(layer, pixel)
     assert bool(torch.isfinite(layer.eval()(pixel)).all()) and layer(pixel).shape == pixel.shape
 
 
@@ -150,9 +119,8 @@ def test_another_width_is_refused(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_folds_are_exact_or_say_why_not(name):
-    layer, x = learned(name).eval(), example()
-    result = fold_layers(nn.Sequential(layer))
-    torch.testing.assert_close(result.model(x), layer(x), atol=1e-5, rtol=1e-5)
+    layer = learned(name).eval()
+    result = common.check_folded(layer, example())
     if name in FOLD:
         assert type(result.model[0]) is FOLD[name]
     else:
@@ -163,62 +131,31 @@ def test_folds_are_exact_or_say_why_not(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_torch_export(name):
-    layer, x = learned(name).eval(), example()
-    program = torch.export.export(layer, (x,))
-    torch.testing.assert_close(program.module()(x), layer(x), atol=1e-6, rtol=1e-5)
+    common.check_torch_export(learned(name).eval(), example())
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_surgery_folds_around_it_and_shrinks_it_exactly(name):
-    from convette.surgery import apply, fold, trace
-
     model = nn.Sequential(
         nn.Conv2d(3, C, 3, padding=1), nn.BatchNorm2d(C), learned(name), nn.ReLU(), nn.Conv2d(C, 3, 3), nn.Flatten()
     )
     model.append(nn.Linear(18, 2)).eval()
     x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(6))
     model[1].running_mean.normal_(), model[1].running_var.uniform_(0.5, 2)
-    torch.testing.assert_close(fold(model, x)(x), model(x), atol=1e-5, rtol=1e-5)
-    graph = trace(model, x)
+    graph = common.check_surgery(model, x, first=1)
     assert "0" in {group.name for group in graph.groups} and not graph.frozen
-    chosen = {group.name: torch.arange(1, 1 + max(1, group.size // 2)) for group in graph.groups}
-    apply(model, graph.shrink(chosen), example=x, prove=True)  # raises unless it equals the masked network
     assert model[0].out_channels == 3
     model.train()(torch.randn(4, 3, 5, 4)).sum().backward()
 
 
 def test_exported_to_onnx_they_agree(tmp_path):
-    from convette.runtime import EngineSpec, export, prepare
-
     model, x = nn.Sequential(*(learned(name) for name in LAYERS)).eval(), example(2)
-    path = export(model, x, tmp_path / "model.onnx")
-    runner = prepare(EngineSpec.parse("onnxruntime:cpu"), path, x)
-    found = torch.as_tensor(runner(x))
-    runner.close()
-    expected = model(x).detach()
-    torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
+    common.check_onnx(model, x, tmp_path, atol=1e-4 * float(model(x).detach().abs().max()), rtol=1e-4)
 
 
-COMPILE = """
-import sys
-import torch
-from tests.layers.test_every_layer import LAYERS, example
-torch.set_num_threads(1)
-failed = []
-for name in LAYERS:
-    torch._dynamo.reset()
-    torch.manual_seed(1)
-    compiled = torch.compile(LAYERS[name]().train(), fullgraph=True, backend="aot_eager")
-    try:
-        compiled(example().requires_grad_()).square().sum().backward()
-    except Exception as error:
-        failed.append(f"{name}: {str(error)[:300]}")
-print("\\n".join(failed))
-sys.exit(len(failed))
-"""
+def compiled():
+    return {name: (make(), example()) for name, make in LAYERS.items()}
 
 
 def test_training_compiles_without_a_graph_break():
-    """In a process of its own: the checks of shape annotations in tests are code that no graph holds."""
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    common.check_compiles(__name__)

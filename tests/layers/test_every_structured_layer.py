@@ -1,16 +1,11 @@
 """What holds for factorised, complex, hyperbolic, routing and higher-order layers: odd input, state, export, surgery."""
 
-import contextlib
-import copy
-import subprocess
-import sys
-
 import pytest
 import torch
+from tests.layers import common
 from torch import nn
 
-from convette.errors import UsageError
-from convette.layers import Stays, fold_layers, folded_form
+from convette.layers import Stays, folded_form
 from convette.layers.attention import HigherOrderBlock
 from convette.layers.complex import (
     Cardioid,
@@ -70,32 +65,21 @@ def example(count=8):
 
 
 def learned(name):
-    """A layer after two training batches, its parameters moved a little."""
-    torch.manual_seed(5)
-    layer = LAYERS[name]().train()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.05 * torch.rand_like(parameter))
-    for _ in range(2):
-        layer(example())
-    return layer
+    return common.learned(LAYERS[name], example())
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_state_copies_and_batches(name):
-    layer, x = learned(name).eval(), example()
-    fresh = LAYERS[name]()
-    fresh.load_state_dict(layer.state_dict(), strict=True)
-    assert torch.equal(fresh.eval()(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
-    torch.testing.assert_close(layer(x)[:1], layer(x[:1]), atol=1e-5, rtol=1e-5)
+    layer = learned(name).eval()
+    common.check_state_and_copies(LAYERS[name], layer, example())
+    common.check_examples_are_alone(layer, example())
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("training", [True, False])
 def test_channels_last_gives_the_same(name, training):
-    layer, x = learned(name).train(training and name != "complex_dropout"), example()
-    other = copy.deepcopy(layer).to(memory_format=torch.channels_last)
-    torch.testing.assert_close(other(x.contiguous(memory_format=torch.channels_last)), layer(x), atol=1e-4, rtol=1e-4)
+    layer = learned(name).train(training and name != "complex_dropout")
+    common.check_channels_last(layer, example(), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -116,13 +100,7 @@ def test_bfloat16(name):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
 def test_constant_input_gives_finite_numbers_and_gradients(name, value):
-    layer = LAYERS[name]().train()
-    x = torch.full((4, C, 5, 4), value, requires_grad=True)
-    y = layer(x)
-    assert bool(torch.isfinite(y).all())
-    y.sum().backward()
-    for tensor in (x, *layer.parameters()):
-        assert tensor.grad is None or bool(torch.isfinite(tensor.grad).all())
+    common.check_constant_input(LAYERS[name]().train(), torch.full((4, C, 5, 4), value))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -140,34 +118,23 @@ def test_not_a_number_comes_out_and_spoils_nothing(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_empty_batch(name):
-    layer, x = learned(name), example()[:0]
-    assert layer.eval()(x).shape == x.shape
-    before = copy.deepcopy(layer.state_dict())
-    with contextlib.suppress(UsageError):
-        assert layer.train()(x).shape == x.shape
-    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    common.check_empty_batch(learned(name), example())
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_batch_of_one_and_maps_of_one_pixel(name):
     layer, x = learned(name), example(1)
     assert bool(torch.isfinite(layer(x)).all())
-    pixel, state = x[..., :1, :1], copy.deepcopy(layer.state_dict())
+    pixel = x[..., :1, :1]
     if name in BATCH:
-        with pytest.raises(UsageError, match="at least 2"):
-            layer(pixel)
-        assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+        common.check_one_value_is_refused(layer, pixel)
     assert bool(torch.isfinite(layer.eval()(pixel)).all()) and layer(pixel).shape == pixel.shape
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_folds_are_exact_or_say_why_not(name):
     layer = learned(name).eval()
-    x = example()
-    expected, state = layer(x), copy.deepcopy(layer.state_dict())
-    result = fold_layers(nn.Sequential(layer))
-    torch.testing.assert_close(result.model(x), expected, atol=1e-4, rtol=1e-4)
-    assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+    result = common.check_folded(layer, example(), tolerance=1e-4)
     if name in PLAIN:
         assert not result.kept and all(type(m).__module__.startswith("torch") for m in result.model.modules())
     elif name in STAY:
@@ -178,35 +145,13 @@ def test_folds_are_exact_or_say_why_not(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_torch_export(name):
-    layer, x = learned(name).eval(), example()
-    program = torch.export.export(layer, (x,))
-    torch.testing.assert_close(program.module()(x), layer(x), atol=1e-5, rtol=1e-5)
-
-
-def network(name):
-    """A network around the layer, its batch norms with statistics."""
-    layer = learned(name)
-    last = [nn.ReLU(), nn.Conv2d(C, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(18, 2)]
-    model = nn.Sequential(nn.Conv2d(3, C, 3, padding=1), layer, *last).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
-    torch.manual_seed(6)
-    return model, torch.randn(2, 3, 5, 4)
+    common.check_torch_export(learned(name).eval(), example(), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_surgery_folds_around_it_and_shrinks_it_exactly(name):
-    from convette.surgery import apply, fold, trace
-
-    model, x = network(name)
-    torch.testing.assert_close(fold(model, x)(x), model(x), atol=1e-4, rtol=1e-4)
-    graph = trace(model, x)
+    graph = common.check_surgery(*common.network_around(learned(name), C), tolerance=1e-4)
     assert not graph.frozen
-    chosen = {group.name: torch.arange(max(1, group.size // 2)) for group in graph.groups}
-    before = sum(p.numel() for p in model.parameters())
-    apply(model, graph.shrink(chosen), example=x, prove=True)  # raises unless it equals the masked network
-    assert sum(p.numel() for p in model.parameters()) < before
 
 
 # One of each make: exporting and compiling are slow.
@@ -216,42 +161,16 @@ EXPORTED += ["poincare", "poincare_norm"]
 
 def test_exported_to_onnx_they_agree(tmp_path):
     """One file with one layer of each make."""
-    from convette.runtime import EngineSpec, export, prepare
-
     torch.manual_seed(7)
     layers = [learned(name) for name in EXPORTED]
     # A norm between, so that numbers stay of one size.
     model = nn.Sequential(*[part for layer in layers for part in (layer, nn.GroupNorm(2, C))]).eval()
-    x = example(2)
-    path = export(model, x, tmp_path / "model.onnx")
-    runner = prepare(EngineSpec.parse("onnxruntime:cpu"), path, x)
-    found = torch.as_tensor(runner(x))
-    runner.close()
-    torch.testing.assert_close(found, model(x).detach(), atol=1e-3, rtol=1e-3)
+    common.check_onnx(model, example(2), tmp_path, atol=1e-3, rtol=1e-3)
 
 
-COMPILED = ["cross", "complex_norm", "poincare_norm"]
-COMPILE = """
-import sys
-import torch
-from tests.layers.test_every_structured_layer import COMPILED, LAYERS, example
-torch.set_num_threads(1)
-failed = []
-for name in COMPILED:
-    torch._dynamo.reset()
-    layer = LAYERS[name]().train()
-    torch.manual_seed(1)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    try:
-        compiled(example().requires_grad_()).square().sum().backward()
-    except Exception as error:
-        failed.append(f"{name}: {str(error)[:300]}")
-print("\\n".join(failed))
-sys.exit(len(failed))
-"""
+def compiled():
+    return {name: (LAYERS[name](), example()) for name in ("cross", "complex_norm", "poincare_norm")}
 
 
 def test_training_compiles_without_a_graph_break():
-    """In a process of its own: the checks of shape annotations in tests are code that no graph holds."""
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    common.check_compiles(__name__)

@@ -1,16 +1,12 @@
 """What holds for every layer of the room: odd input, folds, state, export, compilation."""
 
-import contextlib
-import copy
-import subprocess
-import sys
-
 import pytest
 import torch
+from tests.layers import common
 from torch import nn
 
 from convette.errors import UsageError
-from convette.layers import Stays, TakesOver, fold_layers, folded_form
+from convette.layers import Stays, TakesOver, folded_form
 from convette.layers.normalization import (
     BL,
     IBN,
@@ -110,25 +106,12 @@ def example(name, count=8, dtype=torch.float32):
 
 
 def learned(name):
-    """A layer after two training batches with all parameters moved a little."""
-    torch.manual_seed(5)
-    layer = ALL[name]().train()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.05 * torch.rand_like(parameter))
-    for _ in range(2):
-        layer(example(name))
-    return layer
+    return common.learned(ALL[name], example(name))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_state_dict_round_trip_and_copies(name):
-    layer = learned(name).eval()
-    x = example(name)
-    fresh = ALL[name]()
-    fresh.load_state_dict(layer.state_dict(), strict=True)
-    assert torch.equal(fresh.eval()(x), layer(x))
-    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    common.check_state_and_copies(ALL[name], learned(name).eval(), example(name))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -144,21 +127,13 @@ def test_gradients_flow_and_are_finite(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_eval_does_not_depend_on_the_batch(name):
-    layer = learned(name).eval()
-    x = example(name)
-    torch.testing.assert_close(layer(x)[:1], layer(x[:1]), atol=1e-5, rtol=1e-5)
+    common.check_examples_are_alone(learned(name).eval(), example(name))
 
 
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("training", [True, False])
 def test_channels_last_gives_the_same(name, training):
-    layer = learned(name).train(training)
-    x = example(name)
-    if name == "mixstyle":
-        layer.eval()
-    other = copy.deepcopy(layer)
-    expected, found = layer(x), other(x.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    common.check_channels_last(learned(name).train(training and name != "mixstyle"), example(name))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -186,12 +161,7 @@ def test_bfloat16_input_keeps_float32_statistics(name):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
 def test_constant_input_gives_finite_numbers(name, value):
-    layer = ALL[name]().train()
-    y = layer(torch.full_like(example(name), value))
-    assert bool(torch.isfinite(y).all())
-    y.sum().backward() if y.requires_grad else None
-    for parameter in layer.parameters():
-        assert parameter.grad is None or bool(torch.isfinite(parameter.grad).all())
+    common.check_constant_input(ALL[name]().train(), torch.full_like(example(name), value))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -207,15 +177,7 @@ def test_not_a_number_comes_out_and_spoils_nothing(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_empty_batch(name):
-    layer = learned(name)
-    x = example(name)[:0]
-    assert layer.eval()(x).shape[0] == 0
-    layer.train()
-    before = {key: value.clone() for key, value in layer.state_dict().items()}
-    with contextlib.suppress(UsageError):
-        assert layer(x).shape[0] == 0
-    after = layer.state_dict()
-    assert all(torch.equal(after[key], before[key]) for key in before if "num_batches" not in key)
+    common.check_empty_batch(learned(name), example(name))
 
 
 @pytest.mark.parametrize("name", sorted(BATCH))
@@ -223,10 +185,7 @@ def test_one_value_a_channel_is_refused_in_training(name):
     layer = ALL[name]().train()
     x = example(name)[:2] if name == "consistent" else example(name)[:1]
     x = x[..., :1, :1] if name in MAPS else x
-    state = copy.deepcopy(layer.state_dict())
-    with pytest.raises(UsageError, match=r"at least 2|1x1"):
-        layer(x)
-    assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+    common.check_one_value_is_refused(layer, x, match=r"at least 2|1x1")
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -253,13 +212,7 @@ def test_another_shape_is_refused_with_a_clear_error(name):
 @pytest.mark.parametrize("name", ALL)
 def test_folds_are_exact_or_say_why_not(name):
     layer = learned(name).eval()
-    x = example(name)
-    expected = layer(x)
-    state = copy.deepcopy(layer.state_dict())
-    result = fold_layers(nn.Sequential(layer))
-    torch.testing.assert_close(result.model(x), expected, atol=1e-5, rtol=1e-5)
-    assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
-    assert all(len(reason) > 20 for reason in result.kept.values())
+    result = common.check_folded(layer, example(name))
     if name in STAY - PLAIN:
         assert result.kept
         with pytest.raises(Stays):
@@ -273,47 +226,14 @@ def test_folds_are_exact_or_say_why_not(name):
         )
 
 
-EXPORTED = [name for name in ALL if name not in ("wa_parametrized",)]
-
-
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", [name for name in ALL if name != "wa_parametrized"])
 def test_torch_export(name):
-    layer = learned(name).eval()
-    x = example(name)
-    program = torch.export.export(layer, (x,))
-    torch.testing.assert_close(program.module()(x), layer(x), atol=1e-6, rtol=1e-5)
-
-
-def between_convolutions(name):
-    """A network around the layer, its batch norms with statistics."""
-    layer = learned(name)
-    model = nn.Sequential(
-        nn.Conv2d(3, C, 3, padding=1),
-        layer,
-        nn.ReLU(),
-        nn.Conv2d(C, 3, 3),
-        nn.BatchNorm2d(3),
-        nn.Flatten(),
-        nn.Linear(18, 2),
-    ).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
-    torch.manual_seed(6)
-    return model, torch.randn(2, 3, 5, 4)
+    common.check_torch_export(learned(name).eval(), example(name))
 
 
 @pytest.mark.parametrize("name", MAPS)
 def test_surgery_folds_around_it_and_shrinks_it_exactly(name):
-    from convette.surgery import apply, fold, trace
-
-    model, x = between_convolutions(name)
-    torch.testing.assert_close(fold(model, x)(x), model(x), atol=1e-5, rtol=1e-5)
-    graph = trace(model, x)
-    chosen = {group.name: torch.arange(max(1, group.size // 2)) for group in graph.groups}
-    before = sum(p.numel() for p in model.parameters())
-    apply(model, graph.shrink(chosen), example=x, prove=True)  # raises unless it equals the masked network
-    assert sum(p.numel() for p in model.parameters()) < before
+    common.check_surgery(*common.network_around(learned(name), C))
 
 
 @pytest.mark.parametrize(
@@ -357,8 +277,6 @@ def test_surgery_converts_a_network_to_it(kind):
 
 def test_exported_to_onnx_they_agree(tmp_path):
     """One file with every layer of maps that has a deployable form; switchable ones are collapsed first."""
-    from convette.runtime import EngineSpec, export, prepare
-
     torch.manual_seed(7)
     names = [
         "wa",
@@ -375,37 +293,16 @@ def test_exported_to_onnx_they_agree(tmp_path):
     layers = [learned(name) for name in names]
     layers += [picked("bn").folded(), picked("ln", "bn").folded(), picked("in").folded()]
     model = nn.Sequential(*layers).eval()
-    x = example("ibn")
-    path = export(model, x, tmp_path / "model.onnx")
-    runner = prepare(EngineSpec.parse("onnxruntime:cpu"), path, x)
-    found = torch.as_tensor(runner(x))
-    runner.close()
-    torch.testing.assert_close(found, model(x).detach(), atol=1e-4, rtol=1e-4)
+    common.check_onnx(model, example("ibn"), tmp_path, atol=1e-4, rtol=1e-4)
 
 
 # One of each make: compiling is slow.
 COMPILED = ["wa", "ssn", "bnsr_adaptive", "filtered", "bnet", "ibn", "mixstyle", "consistent", "bin", "final"]
-COMPILE = """
-import sys
-import torch
-from tests.layers.normalization.test_every_layer import ALL, COMPILED, example
-torch.set_num_threads(1)
-failed = []
-for name in COMPILED:
-    torch._dynamo.reset()
-    layer = ALL[name]().train()
-    torch.manual_seed(1)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    try:
-        compiled(example(name).requires_grad_()).square().sum().backward()
-    except Exception as error:
-        failed.append(f"{name}: {str(error)[:300]}")
-print("\\n".join(failed))
-sys.exit(len(failed))
-"""
+
+
+def compiled():
+    return {name: (ALL[name](), example(name)) for name in COMPILED}
 
 
 def test_training_compiles_without_a_graph_break():
-    """In a process of its own: the checks of shape annotations in tests are code that no graph holds."""
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    common.check_compiles(__name__)
