@@ -70,17 +70,49 @@ def as_rows(module: Any, value: Tensor, layout: Layout, rows: int, key: str) -> 
     Which positions are taken depends on `key` and the shape alone, so that two networks can be compared.
     """
     if layout.kind == "patches":
-        patches = functional.unfold(
-            value, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride
-        )
-        found = patches.unflatten(1, (layout.parts, layout.columns)).permute(1, 0, 3, 2).flatten(1, 2)
+        return _patches(module, value, layout, rows, key)
+    moved = value.movedim(1, -1) if isinstance(module, nn.modules.conv._ConvNd) else value
+    found = moved.reshape(-1, layout.parts, layout.columns)
+    if (chosen := _chosen(len(found), rows, key)) is not None:
+        found = found[chosen.to(found.device)]
+    return found.transpose(0, 1).cpu().double()
+
+
+def _patches(module: Any, value: Tensor, layout: Layout, rows: int, key: str) -> Tensor:
+    """Return the chosen patches of a convolution's input; those that are not chosen are never copied."""
+    vertical, horizontal = module.padding
+    padded = functional.pad(value, (horizontal, horizontal, vertical, vertical))
+    size, strides = padded.shape[2:], padded.stride()
+    places = [
+        (length - dilation * (kernel - 1) - 1) // step + 1
+        for length, dilation, kernel, step in zip(size, module.dilation, module.kernel_size, module.stride, strict=True)
+    ]
+    view = padded.as_strided(
+        (len(value), *places, value.shape[1], *module.kernel_size),
+        (
+            strides[0],
+            strides[2] * module.stride[0],
+            strides[3] * module.stride[1],
+            strides[1],
+            strides[2] * module.dilation[0],
+            strides[3] * module.dilation[1],
+        ),
+    )
+    chosen = _chosen(len(value) * places[0] * places[1], rows, key)
+    if chosen is None:
+        found = view.flatten(0, 2)
     else:
-        moved = value.movedim(1, -1) if isinstance(module, nn.modules.conv._ConvNd) else value
-        found = moved.reshape(-1, layout.parts, layout.columns).transpose(0, 1)
-    if found.shape[1] > rows:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{key}:{found.shape[1]}".encode()))
-        found = found[:, torch.randperm(found.shape[1], generator=generator)[:rows].to(found.device)]
-    return found.cpu().double()
+        chosen = chosen.to(value.device)
+        position = chosen % (places[0] * places[1])
+        found = view[chosen // (places[0] * places[1]), position // places[1], position % places[1]]
+    return found.reshape(len(found), layout.parts, layout.columns).transpose(0, 1).cpu().double()
+
+
+def _chosen(count: int, rows: int, key: str) -> Tensor | None:
+    if count <= rows:
+        return None
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{key}:{count}".encode()))
+    return torch.randperm(count, generator=generator)[:rows]
 
 
 @dataclass
@@ -106,12 +138,12 @@ class Moments:
 
         Raises `StructureError` for values that are not finite; `where` says who asks and what reads them.
         """
-        if not torch.isfinite(own).all():
+        sums = own.sum(dim=1)
+        if not torch.isfinite(sums).all():  # one that is not finite makes its sum so
             raise StructureError(f"{where} reads activations that are not finite; look at weights and calibration.")
         self.rows += own.shape[1]
-        square = own.transpose(1, 2) @ own
-        self.own += square
-        self.own_sum += own.sum(dim=1)
+        self.own += own.transpose(1, 2) @ own
+        self.own_sum += sums
         if reference is None:
             self.cross, self.reference, self.reference_sum = self.own, self.own, self.own_sum
             return
