@@ -18,6 +18,7 @@ sittings. Accuracy is on the test split (1,000 original images), seen once an ar
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import statistics
@@ -30,12 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from _torch_pruning import their_choice, their_scores
 from convette import surgery
 from convette._files import write_json, write_text
 from convette._progress import note
 from convette._provenance import provenance
 from convette.cost import Budget, WidthCost, count
-from convette.data import ImageData, load_data
+from convette.data import ImageData, MemorySplit, load_data
 from convette.models import create_model, known_preprocessing
 from convette.pruning import (
     CRITERIA,
@@ -82,6 +84,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--allocation", default="uniform")
     parser.add_argument("--calibration-images", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--training-images", type=int, help="images of an epoch where it trains; default: all")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the training afterwards")
     parser.add_argument("--data", type=Path, default=SHARED / "cifar10-lossless")
     parser.add_argument("--weights", type=Path, default=SHARED / "cifar10-resnet")
     parser.add_argument("--device", default="auto")
@@ -100,8 +104,9 @@ def fill(options: argparse.Namespace) -> None:
     arms = kept_arms(options)
     for name in options.networks:
         bench = Bench(name, options)
-        if f"{name} unpruned" not in arms:
-            arms[f"{name} unpruned"] = bench.unpruned()
+        whole = arms.setdefault(f"{name} unpruned", bench.unpruned())
+        if whole["training_images"] != len(bench.data.train):
+            raise SystemExit(f"{name} was trained on {whole['training_images']} images before: --training-images")
         for criterion in options.criteria:
             for seed in range(DRAWN.get(criterion, 1)):
                 missing = [
@@ -110,10 +115,24 @@ def fill(options: argparse.Namespace) -> None:
                     for recovery in options.recoveries
                     if key(name, criterion, speedup, recovery, seed) not in arms
                 ]
-                for speedup, recovery, figures in bench.arms(criterion, seed, missing):
+                for speedup, recovery, figures in bench.arms(criterion, seed, missing, arms):
                     arms[key(name, criterion, speedup, recovery, seed)] = figures
+                    # Another process may be filling the same table.
+                    arms = {**kept_arms(options), **arms}
                     write_json(options.out, result(options, arms))
     write_json(options.out, result(options, arms))
+
+
+def first_images(split: MemorySplit, number: int) -> MemorySplit:
+    """Return a part of `split`: `number` images drawn with a fixed seed."""
+    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:number]
+    return MemorySplit(split.name, split.pixels, split.labels[rows], split.num_classes, split.rows[rows])
+
+
+def fingerprint(selection: Mapping[str, Tensor]) -> str:
+    """Return a short digest of which units stay."""
+    text = json.dumps({name: kept.tolist() for name, kept in sorted(selection.items())})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def key(network: str, criterion: str, speedup: float, recovery: str, seed: int) -> str:
@@ -126,6 +145,7 @@ def choices(options: argparse.Namespace) -> dict[str, Any]:
         "allocation": options.allocation,
         "calibration_images": options.calibration_images,
         "epochs": options.epochs,
+        "precision": options.precision,
         "data": f"parquet:../shared/data/{options.data.name}",
     }
 
@@ -153,6 +173,8 @@ class Bench:
         self.parent = create_model(name, weights=options.weights / f"{name}.safetensors").eval().to(self.device)
         mean, std = known_preprocessing(self.parent)  # type: ignore[misc]
         self.data: ImageData = load_data(f"parquet:{options.data}", mean=mean, std=std)
+        if options.training_images:
+            self.data = replace(self.data, train=first_images(self.data.train, options.training_images))
         self.example = self.data.preprocessing(self.data.train.images(torch.tensor([0]))).to(self.device)
         self.graph = surgery.trace(self.parent, self.example)
         self.widths = WidthCost(self.parent, self.example, self.graph)
@@ -172,10 +194,18 @@ class Bench:
     def unpruned(self) -> dict[str, Any]:
         began = time.perf_counter()
         test = evaluate(self.parent, self.data.test, self.data.preprocessing, device=self.device)
-        return {"accuracy": test.accuracy, "macs": self.start.macs, "seconds": round(time.perf_counter() - began, 1)}
+        return {
+            "accuracy": test.accuracy,
+            "macs": self.start.macs,
+            "training_images": len(self.data.train),
+            "seconds": round(time.perf_counter() - began, 1),
+        }
 
-    def arms(self, criterion: str, seed: int, wanted: list[tuple[float, str]]):
-        """Yield speed-up, recovery and figures of each arm; the scores are taken once for all of them."""
+    def arms(self, criterion: str, seed: int, wanted: list[tuple[float, str]], known: Mapping[str, Any]):
+        """Yield speed-up, recovery and figures of each arm; the scores are taken once for all of them.
+
+        An arm that keeps the same units as one of `known` has that one's figures: the rest of the work is the same.
+        """
         if not wanted:
             return
         began = time.perf_counter()
@@ -184,6 +214,11 @@ class Bench:
         for speedup, recovery in wanted:
             began = time.perf_counter()
             selection = choose(self.start.macs / speedup)
+            digest = fingerprint(selection)
+            same = self.same_cut(known, digest, recovery, seed)
+            if same is not None:
+                yield speedup, recovery, {**same, "scoring_seconds": scoring, "seconds": scoring}
+                continue
             network = self.cut(selection, recovery, seed)
             test = evaluate(network, self.data.test, self.data.preprocessing, device=self.device)
             cost = count(network, self.example)
@@ -192,11 +227,19 @@ class Bench:
                 "loss": test.loss,
                 "macs": cost.macs,
                 "parameters": cost.parameters,
+                "selection": digest,
                 "scoring_seconds": scoring,
                 "seconds": round(time.perf_counter() - began + (scoring if (speedup, recovery) == wanted[0] else 0), 1),
             }
             note(f"{key(self.name, criterion, speedup, recovery, seed)}: {test.accuracy:.3f}, {figures['seconds']} s")
             yield speedup, recovery, figures
+
+    def same_cut(self, known: Mapping[str, Any], digest: str, recovery: str, seed: int) -> dict[str, Any] | None:
+        for name, arm in known.items():
+            parts = name.split()
+            if arm.get("selection") == digest and (parts[0], parts[3:]) == (self.name, [recovery, str(seed)]):
+                return arm
+        return None
 
     def ours(self, criterion: str, seed: int):
         scores = score_units(
@@ -211,73 +254,21 @@ class Bench:
 
     def theirs(self, criterion: str, seed: int):
         """Return what Torch-Pruning keeps of every inner layer, by the least share that meets a limit."""
+        stream = [n for n in dict(self.parent.named_modules()) if n in ("conv1", "linear") or n.endswith(".conv2")]
+        scores = their_scores(criterion, self.parent, self.example, self.calibration, stream, seed)
 
         def choose(limit: float) -> Mapping[str, Tensor]:
             low, high = 0.0, 0.97
             while high - low > 0.004:
                 middle = (low + high) / 2
-                fits = self.widths.macs(self._their_choice(criterion, middle, seed)) <= limit
+                fits = self.widths.macs(their_choice(scores, middle)) <= limit
                 low, high = (low, middle) if fits else (middle, high)
-            selection = self._their_choice(criterion, high, seed)
+            selection = their_choice(scores, high)
             if self.widths.macs(selection) > limit:
                 note(f"{criterion}: inner layers alone cannot meet {limit:.3g} MACs")
             return selection
 
         return choose
-
-    def _their_choice(self, criterion: str, ratio: float, seed: int) -> dict[str, Tensor]:
-        import torch_pruning as tp
-
-        made = {
-            "tp_l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
-            "tp_l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-            "tp_lamp": lambda: tp.importance.LAMPImportance(),
-            "tp_geometric_median": lambda: tp.importance.FPGMImportance(),
-            "tp_bn_scale": lambda: tp.importance.BNScaleImportance(),
-            "tp_taylor": lambda: tp.importance.GroupTaylorImportance(),
-            "tp_hessian": lambda: tp.importance.GroupHessianImportance(),
-            "tp_random": lambda: tp.importance.RandomImportance(),
-        }
-        torch.manual_seed(seed)
-        network = copy.deepcopy(self.parent)
-        importance = made[criterion]()
-        modules = dict(network.named_modules())
-        stream = [m for n, m in modules.items() if n in ("conv1", "linear") or n.endswith(".conv2")]
-        pruner = tp.pruner.BasePruner(
-            network,
-            self.example,
-            importance=importance,
-            pruning_ratio=ratio,
-            max_pruning_ratio=0.97,
-            ignored_layers=stream,
-        )
-        self._gradients(network, importance, criterion)
-        names = {id(module): name for name, module in modules.items()}
-        selection = {}
-        for group in pruner.step(interactive=True) or ():
-            dependency, gone = group[0]
-            name = names[id(dependency.target.module)]
-            kept = torch.ones(self.graph[name].size, dtype=torch.bool)
-            kept[torch.as_tensor(gone)] = False
-            selection[name] = kept.nonzero().flatten()
-        return selection
-
-    def _gradients(self, network: nn.Module, importance: Any, criterion: str) -> None:
-        """Leave the gradients that some of their criteria read, on the calibration images."""
-        if criterion not in ("tp_taylor", "tp_hessian"):
-            return
-        network.zero_grad()
-        if criterion == "tp_hessian":
-            importance.zero_grad()
-        for images, labels in self.calibration:
-            losses = torch.nn.functional.cross_entropy(network(images), labels, reduction="none")
-            if criterion == "tp_taylor":
-                losses.sum().backward()
-                continue
-            for loss in losses[:16]:  # a backward pass an image
-                network.zero_grad()
-                loss.backward(retain_graph=True)
-                importance.accumulate_grad(network)
 
     def cut(self, selection: Mapping[str, Tensor], recovery: str, seed: int) -> nn.Module:
         network = copy.deepcopy(self.parent)
@@ -287,7 +278,7 @@ class Bench:
             surgery.apply(network, self.graph.shrink(selection))
         recalibrate(network, self.data, batches=4, seed=seed)
         if recovery == "distilled":
-            chosen = replace(RECOVERY, seed=seed, precision="fp32", memory_format="contiguous")
+            chosen = replace(RECOVERY, seed=seed, precision=self.options.precision, memory_format="channels_last")
             network, _ = recover(
                 network,
                 self.parent,
@@ -347,7 +338,8 @@ def page(found: Mapping[str, Any]) -> str:
         lines += [
             f"## {network}",
             "",
-            f"Unpruned: {100 * whole['accuracy']:.1f} %, {whole['macs'] / 1e6:.2f} M MACs.",
+            f"Unpruned: {100 * whole['accuracy']:.1f} %, {whole['macs'] / 1e6:.2f} M MACs. "
+            f"An epoch of the distilled arms: {whole['training_images']:,} training images.",
             "",
         ]
         columns = [f"{speedup:g}x, {SHOWN[recovery]}" for speedup in speedups for recovery in recoveries]
