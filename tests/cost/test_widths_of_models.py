@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tests.surgery.hard import CASES
 
 from convette.cost import WidthCost, count
 from convette.layers.complex import to_complex
@@ -71,3 +72,19 @@ def test_sizes_that_hang_on_two_groups_are_not_taken_for_a_third():
         smaller = copy.deepcopy(model)
         apply(smaller, graph.shrink(selection), example=example)
         assert cost.macs(selection) == count(smaller, example).macs, group.name
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("nn.")])
+def test_attention_of_pytorchs_own_is_predicted_however_many_heads_stay(name):
+    maker, shape = CASES[name]
+    torch.manual_seed(0)
+    model, example = maker().eval(), torch.randn(shape)
+    graph = trace(model, example)
+    cost = WidthCost(model, example, graph)
+    assert cost.exact and cost.macs({}) == count(model, example).macs
+    for seed in range(3):
+        selection = random_selection(graph, seed)
+        smaller = copy.deepcopy(model)
+        apply(smaller, graph.shrink(selection), example=example)
+        counted = count(smaller, example)
+        assert (cost.macs(selection), cost.parameters(selection)) == (counted.macs, counted.parameters)

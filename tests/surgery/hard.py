@@ -120,6 +120,20 @@ class TorchAttention(nn.Module):
         return t.transpose(1, 2).reshape(x.shape)
 
 
+class EncoderLayer(nn.Module):
+    """PyTorch's own encoder layer, which runs as one operator where it may."""
+
+    def __init__(self, dim=16, heads=4, batch_first=True):
+        super().__init__()
+        self.batch_first = batch_first
+        self.layer = nn.TransformerEncoderLayer(dim, heads, 2 * dim, batch_first=batch_first)
+
+    def forward(self, x):
+        t = x.flatten(2).permute(0, 2, 1) if self.batch_first else x.flatten(2).permute(2, 0, 1)
+        t = self.layer(t)
+        return t.permute(0, 2, 1).reshape(x.shape) if self.batch_first else t.permute(1, 2, 0).reshape(x.shape)
+
+
 class SplitAttention(nn.Module):
     """ResNeSt: radix attention over a grouped convolution."""
 
@@ -371,6 +385,8 @@ CASES = {
     "attention, sizes from the width": (lambda: Wrap(WindowScale(), 16, 16), IMAGE),
     "nn.MultiheadAttention": (lambda: Wrap(TorchAttention(), 16, 16), IMAGE),
     "nn.MultiheadAttention, sequence first": (lambda: Wrap(TorchAttention(batch_first=False), 16, 16), IMAGE),
+    "nn.TransformerEncoderLayer": (lambda: Wrap(EncoderLayer(), 16, 16), IMAGE),
+    "nn.TransformerEncoderLayer, sequence first": (lambda: Wrap(EncoderLayer(batch_first=False), 16, 16), IMAGE),
     "einsum attention": (
         part(einsum_attention, 8, 8, q=conv(8, 4), k=conv(8, 4), v=conv(8, 8)),
         IMAGE,

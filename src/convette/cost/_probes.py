@@ -63,7 +63,7 @@ class Blank:
         self.widths = [int(group.size) for group in graph.groups]
         self._graph = graph
         self._example = example
-        self._model = model
+        self._model = model = _in_parts(model)
         start = time.perf_counter()
         self.base = record(model, example).operations
         if time.perf_counter() - start > _WORTH_A_BLANK or state_bytes(model)[0] > _TOO_MUCH_TO_COPY:
@@ -107,6 +107,21 @@ class Blank:
         model = copy.deepcopy(self._model)
         apply(model, self._graph.shrink(selection), example=self._example)
         return record(model, self._example).operations
+
+
+def _in_parts(model: nn.Module) -> nn.Module:
+    """Return the network with attention layers that run alike at any number of heads; the same multiplications.
+
+    PyTorch's own runs as one operator or as several, by its widths; cut to fewer heads it always runs as several.
+    """
+    from convette.surgery import Shrink, apply
+
+    names = tuple(name for name, module in model.named_modules() if type(module) is nn.MultiheadAttention)
+    if not names:
+        return model
+    same = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    apply(same, Shrink({}, free_heads=names))
+    return same
 
 
 def _without_values(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Edits: what was done to a network's structure, as plain data that can be written, read and done again."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -46,21 +46,6 @@ class Change:
         """Take the edit back: the same tensors and attributes as before."""
         while self.undo:
             self.undo.pop()()
-
-
-def forget_caches(modules: Iterable[nn.Module]) -> None:
-    """Empty the tensors that modules keep from earlier runs (``attention_bias_cache`` and the like)."""
-    for module in modules:
-        if type(module).__module__.startswith("torch.nn."):
-            continue
-        for name, value in vars(module).items():
-            if (
-                "cache" in name
-                and name[0] != "_"
-                and isinstance(value, dict)
-                and all(isinstance(item, Tensor) for item in value.values())
-            ):
-                value.clear()
 
 
 @runtime_checkable
@@ -127,6 +112,7 @@ class Shrink:
 
     def _applied(self, model: nn.Module, values: bool, walk: "Walk | None" = None) -> Change:
         from convette.surgery._attributes import set_attributes
+        from convette.surgery._caches import forget_caches
         from convette.surgery._cutting import cut
         from convette.surgery._rewrites import free_heads, rewrite_calls
 

@@ -1,5 +1,6 @@
 """More that becomes one layer exactly: convolutions in a row or side by side, scales, blocks that know how to fuse."""
 
+import abc
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def _text(value: dict[str, Any], kind: str, *names: str) -> list[str]:
     return found  # type: ignore[return-value]
 
 
-class _Folding:
+class _Folding(abc.ABC):
     """What these edits have in common: all or nothing."""
 
     def apply(self, model: nn.Module) -> Change:
@@ -86,8 +87,9 @@ class _Folding:
             raise
         return change
 
+    @abc.abstractmethod
     def _apply(self, model: nn.Module, change: Change) -> None:
-        raise NotImplementedError
+        """Carry out the fold, noting in `change` how to go back."""
 
 
 @dataclass(frozen=True)

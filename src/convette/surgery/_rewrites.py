@@ -367,5 +367,13 @@ def free_heads(model: nn.Module, names: Sequence[str], change: Change) -> None:
             continue
         if old_class is not nn.MultiheadAttention:
             raise StructureError(f"module {name!r}: the heads of a {old_class.__name__} cannot be removed.")
+        same = module._qkv_same_embed_dim
         module.__class__ = FreeHeadAttention
-        change.undo.append(lambda module=module, old_class=old_class: setattr(module, "__class__", old_class))
+        # PyTorch's encoder layers ask this before they run the whole layer, attention included, as one operator.
+        module._qkv_same_embed_dim = False
+
+        def back(module: nn.MultiheadAttention = module, old_class: type = old_class, same: bool = same) -> None:
+            module.__class__ = old_class
+            module._qkv_same_embed_dim = same
+
+        change.undo.append(back)

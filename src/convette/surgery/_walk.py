@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from convette.surgery._caches import is_cache
 from convette.surgery._calls import tensors_in
 from convette.surgery._edits import find_module, find_tensor
 
@@ -111,7 +112,7 @@ class Kept:
                     continue
                 if isinstance(value, dict):
                     self._dicts.append((value, value.copy()))
-                    if "cache" in name and value:
+                    if value and is_cache(name, value):
                         self._caches.append(value)
                 elif isinstance(value, list):
                     self._lists.append((value, value.copy()))
@@ -120,10 +121,9 @@ class Kept:
                 tensors_in(value, self.tensors)
 
     def forget(self) -> None:
-        """Empty the tensors that modules keep from earlier runs (``attention_bias_cache`` and the like)."""
+        """Empty the tables that were kept from earlier runs (see `is_cache`); `restore` puts them back."""
         for value in self._caches:
-            if all(isinstance(item, Tensor) for item in value.values()):
-                value.clear()
+            value.clear()
 
     def restore(self) -> None:
         """Put every attribute back as it was."""

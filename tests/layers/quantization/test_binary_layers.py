@@ -17,6 +17,7 @@ from convette.layers.quantization import (
     sign_thresholds,
 )
 from convette.layers.quantization.binary_networks import sign
+from convette.surgery import trace
 
 
 def drawn(*shape, seed=0):
@@ -129,3 +130,18 @@ def test_a_norm_and_a_sign_are_a_comparison_of_integers():
     assert np.isfinite(theta.numpy()).all() and (direction < 0).any() and (direction == 0).sum() == 2
     with pytest.raises(UsageError, match="above zero"):
         sign_thresholds(norm, torch.zeros(24))
+
+
+@pytest.mark.parametrize("scale", ["mean", "one"])
+def test_every_channel_can_be_removed(scale):
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        BinaryConv2d(8, 12, 3, scale=scale),
+        nn.BatchNorm2d(12),
+        BinaryConv2d(12, 4, 1, scale=scale),
+        nn.Flatten(),
+        BinaryLinear(4 * 9, 6, scale=scale),
+        nn.Linear(6, 2),
+    ]
+    graph = trace(nn.Sequential(*layers).eval(), drawn(1, 3, 7, 7))
+    assert [(group.name, group.size) for group in graph] == [("0", 8), ("1", 12), ("3", 4), ("5", 6)]

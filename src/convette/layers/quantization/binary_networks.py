@@ -173,9 +173,8 @@ class BinaryConv2d(_Binary, nn.Conv2d):
         x = padded(self._rounded(input), self.padding, self.padding_value)
         if self.training:
             return F.conv2d(x, self.binary_weight(), self.bias, self.stride, 0, self.dilation, self.groups)
-        return _scaled(
-            F.conv2d(x, sign(self.weight), None, self.stride, 0, self.dilation, self.groups), self.alpha(), self.bias
-        )
+        products = F.conv2d(x, sign(self.weight), None, self.stride, 0, self.dilation, self.groups)
+        return _scaled(products, None if self.scale == "one" else self.alpha(), self.bias)
 
     def extra_repr(self) -> str:
         return f"{nn.Conv2d.extra_repr(self)}, padding_value={self.padding_value}, scale={self.scale!r}"
@@ -203,7 +202,7 @@ class BinaryLinear(_Binary, nn.Linear):
         x = self._rounded(input)
         if self.training:
             return F.linear(x, self.binary_weight(), self.bias)
-        return _scaled(F.linear(x, sign(self.weight)), self.alpha(), self.bias)
+        return _scaled(F.linear(x, sign(self.weight)), None if self.scale == "one" else self.alpha(), self.bias)
 
 
 class PackedBinaryConv2d(nn.Module):
@@ -278,9 +277,9 @@ def padded(x: Tensor, padding: Any, value: int) -> Tensor:
     return F.pad(x, (columns, columns, rows, rows), value=float(value)) if rows or columns else x
 
 
-def _scaled(products: Tensor, alpha: Tensor, bias: Tensor | None) -> Tensor:
+def _scaled(products: Tensor, alpha: Tensor | None, bias: Tensor | None) -> Tensor:
     shape = (1, -1, *[1] * (products.ndim - 2))
-    scaled = products * alpha.reshape(shape)
+    scaled = products if alpha is None else products * alpha.reshape(shape)
     return scaled if bias is None else scaled + bias.reshape(shape)
 
 
