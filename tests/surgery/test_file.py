@@ -10,7 +10,7 @@ from torch import nn
 
 from convette import surgery
 from convette.errors import FileFormatError, UsageError
-from convette.surgery import ModelCard, Origin
+from convette.surgery import ModelCard, Origin, _compact
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -238,3 +238,77 @@ def test_a_layer_that_asks_which_version_wrote_its_state_loads(tmp_path):
     surgery.save_model(model, tmp_path / "m.safetensors")
     again = surgery.load_model(tmp_path / "m.safetensors", lambda origin: nn.Sequential(Versioned(3, 4)))
     assert torch.equal(again.state_dict()["0.weight"], model.state_dict()["0.weight"])
+
+
+class FewBits(nn.Module):
+    """As packed layers keep their weights: bytes beside floats."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("packed", torch.arange(7, dtype=torch.uint8))
+        self.register_buffer("scale", torch.tensor([0.5, 2.0]))
+        self.register_buffer("wide", torch.tensor(1 << 40))
+        self.register_buffer("alias", self.scale)
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "few.safetensors"
+    surgery.save_model(surgery.set_origin(FewBits(), Origin("test:few")), path)
+    return path
+
+
+def record_of(path):
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    return header, json.loads(_compact.plain(header["__metadata__"]["convette"], 1 << 20)), raw[8 + length :]
+
+
+def put(path, header, text, data):
+    header["__metadata__"]["convette"] = text
+    written = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(written)) + written + data)
+
+
+def test_networks_in_few_bits_are_written_small_and_come_back(small):
+    header, content, data = record_of(small)
+    assert set(header) == {"__metadata__", "tensors"} and len(data) == 7 + 8 + 8
+    assert [name for name, _, _ in content["tensors"]] == ["wide", "scale", "packed"]
+    assert content["shared"] == {"alias": "scale"}
+    assert surgery.read_header(small).tensors["packed"] == ("U8", (7,))
+    again = surgery.load_model(small, lambda origin: FewBits())
+    for name, tensor in FewBits().state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor) and again.state_dict()[name].dtype == tensor.dtype
+    assert surgery.file_size(surgery.set_origin(FewBits(), Origin("test:few"))) == small.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table[0].__setitem__(2, [3]), "bytes, the file has"),
+        (lambda table: table[0].__setitem__(1, "X9"), "malformed"),
+        (lambda table: table.append(table[0]), "malformed"),
+        (lambda table: table[0].__setitem__(2, [-1]), "malformed"),
+        (lambda table: table[0].__setitem__(0, "other"), "lacks"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(small, change, message):
+    header, content, data = record_of(small)
+    change(content["tensors"])
+    put(small, header, _compact.compressed(json.dumps(content)), data)
+    with pytest.raises(FileFormatError, match=message):
+        surgery.load_model(small, lambda origin: FewBits())
+
+
+def test_a_record_that_swells_or_is_damaged_is_refused(small):
+    header, content, data = record_of(small)
+    text = _compact.compressed(json.dumps(content))
+    for wrong in (text[: len(text) // 2], "zlib:" + "!" * 40, _compact.compressed(" " * (65 << 20))):
+        put(small, dict(header), wrong, data)
+        with pytest.raises(FileFormatError, match=r"cut short|damaged"):
+            surgery.read_header(small)
+    del header["tensors"]
+    put(small, header, text, b"")
+    with pytest.raises(FileFormatError, match="lie in one"):
+        surgery.read_header(small)

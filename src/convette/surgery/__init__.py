@@ -16,7 +16,7 @@ from convette.surgery._convert import Convert
 from convette.surgery._converting import Replacement, convert, convert_edits
 from convette.surgery._edits import Edit, ParameterChange, Rewrite, Shrink
 from convette.surgery._edits_json import edit_from_json
-from convette.surgery._file import Header, load_model, read_header, save_model
+from convette.surgery._file import Header, file_size, load_model, read_header, save_model
 from convette.surgery._fold import Fold, fold, fold_edits
 from convette.surgery._fold_layer import FoldLayer
 from convette.surgery._fold_more import FoldConvs, FoldScale, Merge, Nothing, Reparameterize
@@ -91,6 +91,7 @@ __all__ = [
     "convert_by",
     "convert_edits",
     "edit_from_json",
+    "file_size",
     "first_that_runs",
     "fold",
     "fold_edits",
