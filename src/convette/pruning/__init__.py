@@ -46,8 +46,8 @@ from convette.pruning.criteria import (
 from convette.pruning.criteria.criteria_blending import Blend, blend_search, criteria_agreement
 from convette.pruning.criteria.discriminant_information import discriminant_value
 from convette.pruning.criteria.feature_map_information import LayerRemoval, layer_information, remove_layers
-from convette.pruning.gradual import GradualPruning
 from convette.pruning.in_place_distillation import InPlaceDistillation
+from convette.pruning.methods.gradual_pruning import GradualPruning
 from convette.pruning.recovery import RECOVERY, recalibrate, recover
 from convette.pruning.redistribution import Repair, redistribute
 from convette.pruning.result import PruneResult, StepRecord

@@ -5,11 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from convette.cost import Budget, Cost, LatencyCost, LatencyTable, Limit, WidthCost, count, unreachable
+from convette.pruning._calibration import cut, loss_of_cuts
 from convette.pruning._cap_search import CapPoint, search_cap
 from convette.pruning._measured import MeasuredLimits, worst
 from convette.pruning._units import Scores
@@ -17,7 +16,7 @@ from convette.pruning.allocation import WidthRules, build_ladders, find_allocati
 from convette.pruning.allocation._search import predicted, smallest_selection
 from convette.pruning.criteria import score_units
 from convette.pruning.settings import PruneSettings
-from convette.surgery import ChannelGraph, apply, trace
+from convette.surgery import ChannelGraph, trace
 
 Selection = Mapping[str, Tensor]
 
@@ -58,20 +57,11 @@ class Candidate:
     def within(self, limits: Sequence[Limit]) -> Selection:
         """Return the selection that meets the (absolute, predictable) `limits`."""
         allocate = find_allocation(self.settings.allocation)
-        loss = self.loss if self.calibration else None
+        loss = None
+        if self.calibration:
+            again = self.settings.recalibrate
+            loss = loss_of_cuts(self.network, self.graph, self.calibration, recalibrate=again)
         return allocate(self.scores, self.graph, self.width_cost, limits, rules=self.rules, loss=loss)
-
-    @torch.no_grad()
-    def loss(self, selection: Selection) -> float:
-        """Return the mean cross-entropy on the calibration images of the network cut to `selection`.
-
-        Batch norms take their statistics anew on these images first, if the run will do so after the cut.
-        """
-        network = self.cut(selection).eval()
-        if self.settings.recalibrate and selection:
-            _take_statistics(network, [images for images, _ in self.calibration])
-        total = sum(float(functional.cross_entropy(network(x), y, reduction="sum")) for x, y in self.calibration)
-        return total / sum(len(y) for _, y in self.calibration)
 
 
 def prepare_candidate(
@@ -98,13 +88,6 @@ def prepare_candidate(
     rules = WidthRules(settings.multiple_of, minimum)
     width_cost = LatencyCost(network, example, free, table) if table else WidthCost(network, example, free)
     return Candidate(network, graph, width_cost, scores, rules, settings, calibration)
-
-
-def cut(network: nn.Module, graph: ChannelGraph, selection: Selection) -> nn.Module:
-    """Shrink `network` to `selection` in place and return it; `graph` is of this network or one of the same shape."""
-    if selection:
-        apply(network, graph.shrink(selection))
-    return network
 
 
 def check_reachable(candidate: Candidate, budget: Budget, start: Cost, measured: MeasuredLimits) -> Cost:
@@ -158,18 +141,3 @@ def reach_measured(
 
     best, _ = search_cap(share_at, low, high, guess=guess, margin=float(settings.latency_margin))
     return found[best.cap], best.cap
-
-
-def _take_statistics(network: nn.Module, batches: Sequence[Tensor]) -> None:
-    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.track_running_stats]
-    if not norms or len(batches[0]) < 2:
-        return
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over the batches
-        norm.train()
-    for images in batches:
-        if len(images) > 1:
-            network(images)
-    network.eval()

@@ -16,12 +16,12 @@ from convette.data import ImageData
 from convette.errors import UsageError
 from convette.pruning import allocation, criteria
 from convette.pruning._blocks import drop_blocks, untied
-from convette.pruning._candidate import cut
+from convette.pruning._calibration import cut, draw_calibration
 from convette.pruning._deciding import Decision, decide, say, smallest_cost
 from convette.pruning._distributed import copy_from_main_rank, decided_by_main_rank
 from convette.pruning._measured import MEASURED, Measure, MeasuredLimits
 from convette.pruning._store import StateStore, fingerprint
-from convette.pruning.gradual import GradualPruning
+from convette.pruning.methods.gradual_pruning import GradualPruning
 from convette.pruning.methods.growing_regularization import GrowingRegularization
 from convette.pruning.methods.soft_pruning import SoftPruning
 from convette.pruning.recovery import recalibrate, recover
@@ -32,7 +32,6 @@ from convette.surgery import ModelCard, card_of, set_card, structure_log, trace
 from convette.training import EpochRecord, Method, TrainSettings, evaluate
 
 EXTRA_STEPS = 3
-CALIBRATION_BATCH = 64
 
 
 @dataclass
@@ -222,7 +221,8 @@ class Run:
             criterion_options=choices.criterion_options,
             allocation=choices.allocation,
             multiple_of=choices.multiple_of,
-            min_fraction=float(choices.min_fraction),
+            min_fraction=choices.least_share,
+            constraints=choices.constraints,
             calibration=self.calibration(),
             seed=choices.seed,
         )
@@ -232,14 +232,8 @@ class Run:
         """Return the calibration batches, ready for the network; none without data."""
         if self.data is None or not _needs_data(self.settings):
             return []
-        split, left, found = self.data.train, self.settings.calibration_images, []
-        for batch in split.batches(min(CALIBRATION_BATCH, left), shuffle=True, seed=self.settings.seed):
-            images, labels = batch.images[:left].to(self.device), batch.labels[:left].to(self.device)
-            found.append((self.data.preprocessing(images), labels))
-            left -= len(labels)
-            if left <= 0:
-                break
-        return found
+        choices = self.settings
+        return draw_calibration(self.data, choices.calibration_images, seed=choices.seed, device=self.device)
 
     def accuracy(self, network: nn.Module) -> float | None:
         """Return the share of right answers on the validation split, None without data."""

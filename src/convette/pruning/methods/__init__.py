@@ -4,6 +4,7 @@ A recipe names them by slug or class: ``[[method]] name = "hierarchical-group-sp
 """
 
 from convette.pruning.methods.dynamic_channel_propagation import DynamicChannelPropagation
+from convette.pruning.methods.gradual_pruning import GradualPruning
 from convette.pruning.methods.growing_regularization import GrowingRegularization
 from convette.pruning.methods.hierarchical_group_sparsity import (
     HierarchicalGroupSparsity,
@@ -16,6 +17,7 @@ from convette.pruning.methods.sparsity import GradualSparsity, KeepSparsity
 
 __all__ = [
     "DynamicChannelPropagation",
+    "GradualPruning",
     "GradualSparsity",
     "GrowingRegularization",
     "HierarchicalGroupSparsity",

@@ -15,8 +15,8 @@ from convette.errors import UsageError
 from convette.pruning._distributed import decided_by_main_rank
 from convette.pruning.allocation import global_ranking
 from convette.pruning.criteria._observing import Reader, find_readers
-from convette.pruning.gradual import one_image
 from convette.pruning.methods._units import check_groups, groups_of, kept_selection
+from convette.pruning.methods.gradual_pruning import one_image
 from convette.surgery import ChannelGraph, trace
 from convette.training import Event, Method
 

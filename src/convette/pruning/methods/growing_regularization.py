@@ -1,16 +1,18 @@
 """Growing regularisation: units that are to go are shrunk harder and harder before they are cut."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from convette.cost import Budget
+from convette.data import ImageData
 from convette.errors import UsageError
 from convette.pruning._distributed import decided_by_main_rank
 from convette.pruning._units import tensors_of
-from convette.pruning.gradual import GradualPruning, one_image
+from convette.pruning.methods.gradual_pruning import GradualPruning, one_image
 from convette.surgery import ChannelGraph, trace
 from convette.training import Event
 
@@ -36,13 +38,45 @@ class GrowingRegularization(GradualPruning):
     name = "growing_regularization"
     events = frozenset({Event.BATCH_START, Event.AFTER_OPTIMIZER_STEP})
 
-    def __init__(self, budget: Any, *, begin: float = 0.05, end: float = 0.6, floor: float = 1e-3, **choices: Any):
-        super().__init__(budget, begin=begin, end=end, times=1, **choices)
+    def __init__(
+        self,
+        budget: Budget | str,
+        *,
+        criterion: str = "l1",
+        criterion_options: Mapping[str, Any] | None = None,
+        allocation: str = "global",
+        begin: float | int = 0.05,
+        end: float | int = 0.6,
+        floor: float | int = 1e-3,
+        multiple_of: int = 1,
+        min_fraction: float | int = 0.1,
+        constraints: str = "",
+        calibration_images: int = 256,
+        calibration: Iterable[tuple[Tensor, Tensor]] = (),
+        data: ImageData | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            budget,
+            criterion=criterion,
+            criterion_options=criterion_options,
+            allocation=allocation,
+            begin=begin,
+            end=end,
+            times=1,
+            multiple_of=multiple_of,
+            min_fraction=min_fraction,
+            constraints=constraints,
+            calibration_images=calibration_images,
+            calibration=calibration,
+            data=data,
+            seed=seed,
+        )
         if not 0 < floor < 1 or not begin < end:
             raise UsageError(
                 f"growing regularisation: floor={floor} must be in (0, 1) and begin={begin} below end={end}."
             )
-        self.floor = floor
+        self.floor = float(floor)
         self.selection: dict[str, list[int]] | None = None
         self._pushed: list[tuple[str, int, Tensor]] = []
 

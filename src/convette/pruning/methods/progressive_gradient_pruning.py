@@ -17,8 +17,8 @@ from convette.pruning._distributed import decided_by_main_rank
 from convette.pruning._units import tensors_of
 from convette.pruning.allocation import WidthRules, build_ladders
 from convette.pruning.criteria.grad_change import made_by, sums_of_units
-from convette.pruning.gradual import one_image
 from convette.pruning.methods._units import check_groups, clear_state, groups_of
+from convette.pruning.methods.gradual_pruning import one_image
 from convette.surgery import ChannelGraph, trace
 from convette.training import Event, Method
 

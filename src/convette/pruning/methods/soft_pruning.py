@@ -1,13 +1,17 @@
 """Soft pruning: units are set to zero again and again, and may come back until the cut."""
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from convette.cost import Budget
+from convette.data import ImageData
 from convette.errors import UsageError
 from convette.pruning._distributed import decided_by_main_rank
 from convette.pruning._units import tensors_of
-from convette.pruning.gradual import GradualPruning, one_image
+from convette.pruning.methods.gradual_pruning import GradualPruning, one_image
 from convette.pruning.methods.growing_regularization import dropped_entries
 from convette.surgery import trace
 
@@ -33,8 +37,40 @@ class SoftPruning(GradualPruning):
 
     name = "soft_pruning"
 
-    def __init__(self, budget: Any, *, begin: float = 0.05, end: float = 0.7, times: int = 8, **choices: Any) -> None:
-        super().__init__(budget, begin=begin, end=end, times=times, **choices)
+    def __init__(
+        self,
+        budget: Budget | str,
+        *,
+        criterion: str = "l1",
+        criterion_options: Mapping[str, Any] | None = None,
+        allocation: str = "global",
+        begin: float | int = 0.05,
+        end: float | int = 0.7,
+        times: int = 8,
+        multiple_of: int = 1,
+        min_fraction: float | int = 0.1,
+        constraints: str = "",
+        calibration_images: int = 256,
+        calibration: Iterable[tuple[Tensor, Tensor]] = (),
+        data: ImageData | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            budget,
+            criterion=criterion,
+            criterion_options=criterion_options,
+            allocation=allocation,
+            begin=begin,
+            end=end,
+            times=times,
+            multiple_of=multiple_of,
+            min_fraction=min_fraction,
+            constraints=constraints,
+            calibration_images=calibration_images,
+            calibration=calibration,
+            data=data,
+            seed=seed,
+        )
         if times < 2:
             raise UsageError(f"soft pruning: times={times}; at least 2, one to mask and one to cut.")
 

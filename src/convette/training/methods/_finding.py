@@ -67,7 +67,7 @@ def check_options(method: type[Any], options: Mapping[str, Any]) -> None:
 
 
 # Arguments that the one who trains fills in.
-_GIVEN = ("preprocessing",)
+_GIVEN = ("preprocessing", "data")
 
 
 def make_method(method: type[Any], options: Mapping[str, Any], data: Any = None) -> Method:
@@ -75,6 +75,8 @@ def make_method(method: type[Any], options: Mapping[str, Any], data: Any = None)
     given = dict(options)
     if "preprocessing" in inspect.signature(method.__init__).parameters and data is not None:
         given["preprocessing"] = data.preprocessing
+    if "data" in inspect.signature(method.__init__).parameters and data is not None:
+        given["data"] = data
     return method(**given)
 
 

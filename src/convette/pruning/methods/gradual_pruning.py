@@ -1,20 +1,22 @@
 """Pruning while training: the network narrows under the live optimiser, a little at a time."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from convette.cost import Budget, Limit, WidthCost, count
+from convette.data import ImageData
 from convette.errors import UsageError
+from convette.pruning._calibration import draw_calibration, loss_of_cuts
 from convette.pruning._distributed import decided_by_main_rank
 from convette.pruning._measured import MEASURED
 from convette.pruning.allocation import NEED_DATA as NEED_LOSS
 from convette.pruning.allocation import WidthRules, find_allocation
 from convette.pruning.criteria import NEED_DATA, check_options, score_units
-from convette.surgery import ChannelGraph, trace
+from convette.surgery import ChannelGraph, WidthConstraints, trace
 from convette.training import Event, Method
 
 if TYPE_CHECKING:
@@ -33,20 +35,24 @@ class GradualPruning(Method):
 
     Args:
         budget: limits on macs, parameters or size (of one image), absolute or relative to the start of the training.
-        criterion: as in `PruneSettings`, like the four below.
+        criterion: as in `PruneSettings`, like the seven below.
         criterion_options: as there.
+        allocation: as there.
         multiple_of: as there.
         min_fraction: as there.
+        constraints: as there.
+        calibration_images: as there.
         seed: as there.
-        allocation: "global" or "uniform".
         begin: when the first cut is made, see above.
         end: when the last one is made.
         times: how many cuts are made.
-        calibration: batches of (images, labels), ready for the network, for the criteria that need them.
+        calibration: batches of (images, labels), ready for the network, for the criteria and allocations that need
+            them.
+        data: what `calibration_images` are drawn from where no `calibration` is given (a recipe fills it in).
 
-    Costs a trace and a scoring at each cut; steps become cheaper as the network does. Raises `BudgetError` at the first
-    cut if the budget cannot be reached, `UsageError` for choices that cannot be. Source of the curve: Zhu and Gupta, To
-    Prune, or Not to Prune, arXiv 1710.01878.
+    Costs a trace, a scoring and an allocation at each cut; steps become cheaper as the network does. Raises
+    `BudgetError` at the first cut if the budget cannot be reached, `UsageError` for choices that cannot be. Source of
+    the curve: Zhu and Gupta, To Prune, or Not to Prune, arXiv 1710.01878.
     """
 
     name = "pruning"
@@ -61,33 +67,45 @@ class GradualPruning(Method):
         criterion: str = "l1",
         criterion_options: Mapping[str, Any] | None = None,
         allocation: str = "global",
-        begin: float = 0.1,
-        end: float = 0.7,
+        begin: float | int = 0.1,
+        end: float | int = 0.7,
         times: int = 8,
         multiple_of: int = 1,
-        min_fraction: float = 0.1,
+        min_fraction: float | int = 0.1,
+        constraints: str = "",
+        calibration_images: int = 256,
         calibration: Iterable[tuple[Tensor, Tensor]] = (),
+        data: ImageData | None = None,
         seed: int = 0,
     ) -> None:
         self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
         measured = [str(limit) for limit in self.budget.limits if limit.metric in MEASURED]
         if measured:
             raise UsageError(f"pruning during training counts, it does not measure: {measured[0]} is for `prune`.")
-        if not 0 <= begin <= end <= 1 or times < 1:
+        if not 0 <= begin <= end <= 1 or times < 1 or calibration_images < 1:
             raise UsageError(
-                f"gradual pruning: begin={begin}, end={end}, times={times} is no schedule; 0<=begin<=end<=1."
+                f"{self.name}: begin={begin}, end={end}, times={times}, calibration_images={calibration_images} is no"
+                " schedule; 0<=begin<=end<=1, and at least 1 of the others."
             )
         check_options(criterion, criterion_options or {})
-        if allocation in NEED_LOSS:
-            raise UsageError(
-                f"allocation {allocation} measures losses, too slow during training; use global or uniform."
-            )
-        self.calibration = list(calibration)
-        if criterion in NEED_DATA and not self.calibration:
-            raise UsageError(f"criterion {criterion} needs calibration batches; give them, or use l1, l2 or lamp.")
+        find_allocation(allocation)
+        least = WidthConstraints.parse(constraints).minimum
+        # A share is one of what the training started with, not of what the last cut left.
+        least = least if isinstance(least, float) and least <= 1 else 0.0
+        self.calibration, self.data = list(calibration), data
+        for what, chosen, needing, instead in (
+            ("criterion", criterion, NEED_DATA, "l1, l2 or lamp"),
+            ("allocation", allocation, NEED_LOSS, "global or uniform"),
+        ):
+            if chosen in needing and not self.calibration and data is None:
+                raise UsageError(
+                    f"{self.name}: {what} {chosen} needs calibration batches, or data to draw them from; give them, or"
+                    f" use {instead}."
+                )
         self.criterion, self.criterion_options = criterion, dict(criterion_options or {})
-        self.allocation, self.multiple_of, self.min_fraction = allocation, multiple_of, min_fraction
-        self.begin, self.end, self.times, self.seed = begin, end, times, seed
+        self.allocation, self.multiple_of, self.min_fraction = allocation, multiple_of, max(float(min_fraction), least)
+        self.constraints, self.calibration_images = constraints, calibration_images
+        self.begin, self.end, self.times, self.seed = float(begin), float(end), times, seed
         self.cuts = 0
         self.start: dict[str, float] = {}
         self.bounds: dict[str, float] = {}
@@ -127,22 +145,40 @@ class GradualPruning(Method):
         first = not self.start
         if first:
             self._start_from(model, example, graph)
+        # What constraints leave alone the costs are predicted without them: they would hide sizes from the prediction.
+        free = graph
+        graph = free.constrain(self.constraints, allow_nothing=not first) if self.constraints else free
+        batches = self._batches(trainer)
         scores = score_units(
             self.criterion,
             model,
             graph,
-            self.calibration or None,
+            batches or None,
             seed=self.seed + self.cuts,
             options=self.criterion_options,
         )
-        allocate = find_allocation(self.allocation)
+        width_cost = WidthCost(model, example, free)
+        spend = self._allocation(model, graph, batches)
         rules = WidthRules(self.multiple_of, self.minimum)
-        width_cost = WidthCost(model, example, graph)
         if first:  # raises now, not when much has been trained, if the end cannot be reached
-            allocate(scores, graph, width_cost, self._limits(1.0), rules=rules)
+            find_allocation("global")(scores, graph, width_cost, self._limits(1.0), rules=rules)
         limits = self._limits(1 - (1 - min(1.0, self.cuts / self.times)) ** 3)
-        selection = allocate(scores, graph, width_cost, limits, rules=rules)
+        selection = spend(scores, graph, width_cost, limits, rules=rules)
         return {name: kept.tolist() for name, kept in selection.items()}
+
+    def _allocation(self, model: nn.Module, graph: ChannelGraph, batches: Any) -> Callable[..., dict[str, Tensor]]:
+        allocate = find_allocation(self.allocation)
+        if self.allocation not in NEED_LOSS:
+            return allocate
+        loss = loss_of_cuts(model, graph, batches)
+        return lambda *given, **rules: allocate(*given, loss=loss, **rules)
+
+    def _batches(self, trainer: "Trainer") -> list[tuple[Tensor, Tensor]]:
+        needed = self.criterion in NEED_DATA or self.allocation in NEED_LOSS
+        if needed and not self.calibration and self.data is not None:
+            device = trainer.state.device
+            self.calibration = draw_calibration(self.data, self.calibration_images, seed=self.seed, device=device)
+        return self.calibration
 
     def _start_from(self, model: nn.Module, example: Any, graph: ChannelGraph) -> None:
         cost = count(model, example)
