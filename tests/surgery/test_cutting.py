@@ -9,7 +9,7 @@ from torch import nn
 
 from convette import surgery
 from convette.errors import StructureError
-from convette.surgery import Rewrite, Shrink, _edits
+from convette.surgery import Rewrite, Shrink, _slicing
 from convette.surgery._cutting import KeptIndices
 
 IMAGES = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -18,20 +18,23 @@ IMAGES = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_tensors_are_cut_in_pieces(monkeypatch, channels_last, dtype):
-    monkeypatch.setattr(_edits, "_LARGE", 1)
-    monkeypatch.setattr(_edits, "_PIECE", 200)
+    monkeypatch.setattr(_slicing, "_LARGE", 1)
+    monkeypatch.setattr(_slicing, "_PIECE", 200)
     tensor = torch.randn(13, 11, 3, 3).to(dtype)
     if channels_last:
         tensor = tensor.to(memory_format=torch.channels_last)
     rows, columns = torch.tensor([0, 3, 4, 9, 12]), torch.tensor([1, 2, 10])
     for dims in ({0: rows, 1: columns}, {1: columns, 0: rows}, {0: rows, 1: columns, 3: torch.tensor([2])}):
-        cut = _edits.sliced(tensor, dims)
+        cut = _slicing.sliced(tensor, dims)
         expected = tensor
         for dim, index in dims.items():
             expected = expected.index_select(dim, index)
         assert torch.equal(cut, expected) and cut.dtype == dtype
         layout = torch.channels_last if channels_last else torch.contiguous_format
         assert cut.is_contiguous(memory_format=layout)
+    for beyond in (torch.tensor([2, 11]), torch.tensor([-1, 2])):
+        with pytest.raises(IndexError):
+            _slicing.sliced(tensor, {0: rows, 1: beyond})
 
 
 def test_kept_indices_are_plain_data():

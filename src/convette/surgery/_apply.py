@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from convette.errors import StructureError
-from convette.surgery._edits import Added, Change, Edit, ParameterChange, Shrink, sliced
+from convette.surgery._edits import Added, Change, Edit, ParameterChange, Shrink
 from convette.surgery._fold_layer import without_values
 from convette.surgery._log import structure_log
+from convette.surgery._slicing import sliced
 from convette.surgery._trace import evaluating, outputs_of, run, trace
 from convette.surgery._walk import collecting_later
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from convette.errors import StructureError
-from convette.surgery._edits import Change, ParameterChange, sliced
+from convette.surgery._edits import Change, ParameterChange
+from convette.surgery._slicing import sliced
 from convette.surgery._walk import Walk
 
 Slot = tuple[str, int]

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from convette.errors import FileFormatError, StructureError
@@ -255,37 +254,3 @@ def replace_tensor(places: list[tuple[nn.Module, str, bool]], old: Tensor, new: 
         table: dict[str, Any] = module._buffers if buffer else module._parameters
         table[name] = new
         change.undo.append(lambda table=table, name=name: table.__setitem__(name, old))
-
-
-_LARGE = 1 << 20  # elements; from here on a whole slice in between costs more than it saves
-_PIECE = 1 << 17
-
-
-def sliced(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
-    """Return the part of `tensor` at the given indices of the given dimensions."""
-    channels_last = (
-        tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
-    on_cpu = tensor.device.type == "cpu"
-    indices = [(dim, index if on_cpu else index.to(tensor.device)) for dim, index in sorted(dims.items())]
-    if len(dims) > 1 and on_cpu and tensor.numel() >= _LARGE and indices[0][0] == 0:
-        return _in_pieces(tensor, indices[0][1], indices[1:], channels_last)
-    for dim, index in indices:
-        tensor = tensor.index_select(dim, index)
-    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
-
-
-def _in_pieces(tensor: Tensor, rows: Tensor, others: list[tuple[int, Tensor]], channels_last: bool) -> Tensor:
-    """Cut a large tensor a few rows at a time, so that what is in between stays in the cache."""
-    shape = [rows.shape[0], *tensor.shape[1:]]
-    for dim, index in others:
-        shape[dim] = index.shape[0]
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    result = torch.empty(shape, dtype=tensor.dtype, memory_format=layout)
-    step = max(1, _PIECE // max(1, tensor[0].numel()))
-    for start in range(0, shape[0], step):
-        piece = tensor.index_select(0, rows[start : start + step])
-        for dim, index in others:
-            piece = piece.index_select(dim, index)
-        result[start : start + step] = piece
-    return result

@@ -22,9 +22,9 @@ from convette.surgery._edits import (
     find_tensor,
     holders,
     replace_tensor,
-    sliced,
 )
 from convette.surgery._rewrites import free_heads, rewrite_calls
+from convette.surgery._slicing import sliced
 
 MODES = ("split", "zero_in", "zero_out")
 _ROLES = ("producer", "consumer", "affine")
