@@ -167,7 +167,7 @@ def test_what_is_open_is_exactly_the_complement_of_the_rate():
 def test_a_closed_gate_is_a_removed_unit_and_its_maker_gets_no_gradient(network, graph, batches):
     readers = {name: found for name, found in find_readers(network, graph).items() if name in ("inner", "stem")}
     flags = {name: torch.arange(graph[name].size) % 3 > 0 for name in readers}
-    gates = Gatekeeper(network, readers, flags)
+    gates = Gatekeeper([network], readers, flags)
     F.cross_entropy(network(batches[0][0]), batches[0][1]).backward()
     shut = ~flags["inner"]
     assert (network.inner.weight.grad[shut] == 0).all() and (network.inner_norm.weight.grad[shut] == 0).all()
@@ -231,6 +231,34 @@ def test_training_ends_with_the_closed_channels_gone_and_the_same_outputs(digits
         with torch.no_grad():
             agreement = (model(images).argmax(1) == before.outputs.argmax(1)).float().mean()
         assert agreement > 0.9
+
+
+def test_the_averaged_network_is_looked_at_through_the_gates(digits):
+    class Look(Method):
+        """Compares the averaged network, which validation sees, with itself cut to what is open."""
+
+        name = "look"
+        order = 100
+        events = frozenset({Event.EVALUATION_END})
+        errors: list = []
+
+        def apply(self, event, trainer):
+            closed = {name: flags for name, flags in method.open.items() if not flags.all()}
+            if not closed or method.finished:
+                return
+            averaged, images = trainer.state.ema.module, digits.preprocessing(digits.validation.images(slice(0, 20)))
+            cut = copy.deepcopy(averaged)
+            for module in cut.modules():
+                module._forward_pre_hooks.clear()
+            whole = cut(images)
+            apply(cut, method._graph.shrink({n: flags.nonzero().flatten() for n, flags in closed.items()}))
+            error, without = ((averaged(images) - other).abs().max().item() for other in (cut(images), whole))
+            self.errors.append((error, without))
+
+    method, look = DynamicChannelPropagation(0.4, groups="all", explore=0.1), Look()
+    settings = TrainSettings(**{**QUICK.__dict__, "epochs": 2, "ema_decay": 0.9})
+    train(net(), digits, settings, methods=(method, look), device="cpu")
+    assert look.errors and all(error < 1e-4 < without for error, without in look.errors)
 
 
 def test_channel_utility_does_not_cancel_over_images(network, graph, batches):

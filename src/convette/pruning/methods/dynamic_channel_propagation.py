@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from convette.cost import Budget, WidthCost, count
 from convette.errors import UsageError
 from convette.pruning._distributed import decided_by_main_rank
-from convette.pruning.allocation import global_ranking
+from convette.pruning.allocation import WidthRules, global_ranking
 from convette.pruning.criteria._observing import Reader, find_readers
 from convette.pruning.methods._units import check_groups, groups_of, kept_selection
 from convette.pruning.methods.gradual_pruning import one_image
@@ -127,7 +127,9 @@ class DynamicChannelPropagation(Method):
         sizes = {name: self._graph[name].size for name in watched}
         self.utility = {name: torch.full((size,), 1 / size) for name, size in sizes.items()}
         self.open = {name: torch.ones(size, dtype=torch.bool) for name, size in sizes.items()}
-        self._gates = Gatekeeper(model, watched, self.open)
+        # The averaged network is what validation sees: it is gated like the one that learns.
+        averaged = [trainer.state.ema.module] if trainer.state.ema is not None else []
+        self._gates = Gatekeeper([model, *averaged], watched, self.open)
         trainer.resources.callback(self._gates.close)
 
     def _progress(self, trainer: "Trainer") -> float:
@@ -157,7 +159,8 @@ class DynamicChannelPropagation(Method):
         if self._costs is not None:
             assert self._graph is not None
             widths, limits = self._costs
-            selection = global_ranking(self.utility, self._graph, widths, limits)
+            rules = WidthRules(minimum=dict.fromkeys(self.utility, self.at_least))
+            selection = global_ranking(self.utility, self._graph, widths, limits, rules=rules)
             flags = {n: torch.zeros(len(u), dtype=torch.bool) for n, u in self.utility.items()}
             for name, flag in flags.items():
                 flag[selection.get(name, slice(None))] = True
@@ -193,18 +196,24 @@ def _best(utility: Tensor, count: int) -> Tensor:
 
 
 class Gatekeeper:
-    """Gates in front of the modules that read each group, which also gather what each unit is worth to the loss."""
+    """Gates in front of the modules that read each group, which also gather what each unit is worth to the loss.
 
-    def __init__(self, model: nn.Module, readers: Mapping[str, list[Reader]], flags: Mapping[str, Tensor]) -> None:
+    They hang in all of `models`, which are copies of one network; what learns is the one in training mode.
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module], readers: Mapping[str, list[Reader]], flags: Mapping[str, Tensor]
+    ) -> None:
         self.open = flags
         self._worth: dict[str, Tensor] = {}
-        modules = dict(model.named_modules())
         by_module: dict[str, list[tuple[str, Reader]]] = {}
         for group, found in readers.items():
             for reader in found:
                 by_module.setdefault(reader.module, []).append((group, reader))
         self._handles = [
-            modules[name].register_forward_pre_hook(self._hook(watched)) for name, watched in by_module.items()
+            model.get_submodule(name).register_forward_pre_hook(self._hook(watched))
+            for model in models
+            for name, watched in by_module.items()
         ]
 
     def close(self) -> None:
