@@ -10,11 +10,11 @@ arms of a seed start from the same trained network and the same cut; those that 
 same settings. Accuracies are of the test split, means over seeds with 95 % t-intervals, differences to no recovery
 paired by seed. Writes benchmarks/results/recovery_table.json.
 
-With ``--data cifar``: ResNet-20 with given CIFAR-10 weights, two criteria, half and a quarter of the MACs, `prune` as it
-comes (five cuts, global) apart from what the arm switches, training where it trains: three epochs of 9,000 images in
-bfloat16. The seed draws calibration images, the order of training and its augmentation. Arms that the result file
-holds are kept. What decides on defaults is the validation split (1,000 images, which the given weights were trained
-on); the test split (1,000) is shown beside it. Writes benchmarks/results/recovery_table_cifar.json.
+With ``--data cifar``: ResNet-20 with given CIFAR-10 weights, two criteria, half and a quarter of the MACs, one cut,
+global; training where it trains: three epochs of 9,000 images in bfloat16. ``--steps 5`` cuts as `prune` does when
+nothing is said. The seed draws calibration images, the order of training and its augmentation. Arms that the result
+file holds are kept. What decides on defaults is the validation split (1,000 images, which the given weights were
+trained on); the test split (1,000) is shown beside it. Writes benchmarks/results/recovery_table_cifar.json.
 """
 
 import argparse
@@ -107,15 +107,17 @@ def cifar(options: argparse.Namespace) -> None:
     if "unpruned" not in arms:
         arms["unpruned"] = {"validation": accuracy(parent, data, "validation"), "test": accuracy(parent, data)}
     for seed in range(options.seeds):
-        for share in SHARES:
-            for criterion in CRITERIA:
+        for share in options.shares:
+            for criterion in options.criteria:
                 for arm, choices in CIFAR_ARMS.items():
-                    key = f"{criterion}, {share:.0%}, {arm}, {seed}"
+                    key = f"{criterion}, {share:.0%}, {arm}, {options.steps}, {seed}"
                     if key in arms:
                         continue
                     began = time.perf_counter()
-                    settings = PruneSettings(criterion=criterion, seed=seed, **choices)
-                    recovery = replace(RECOVERY, precision="bf16", memory_format="channels_last", seed=seed)
+                    settings = PruneSettings(criterion=criterion, steps=options.steps, seed=seed, **choices)
+                    recovery = replace(
+                        RECOVERY, precision="bf16", memory_format="channels_last", validate_every=3, seed=seed
+                    )
                     result = prune(parent, data, f"macs<={share:.0%}", settings, train_settings=recovery, device="cpu")
                     arms[key] = {
                         "validation": accuracy(result.model, data, "validation"),
@@ -129,14 +131,13 @@ def cifar(options: argparse.Namespace) -> None:
 
 def cifar_report(arms: dict[str, Any]) -> dict[str, Any]:
     rows: dict[str, list[str]] = {}
-    for criterion, share in [(c, s) for s in SHARES for c in CRITERIA]:
-        for arm in CIFAR_ARMS:
-            of = {name: figures(arms, criterion, share, name) for name in CIFAR_ARMS}
+    for steps, share, criterion in [(n, s, c) for n in (1, 5) for s in SHARES for c in CRITERIA]:
+        of = {name: figures(arms, criterion, share, name, steps) for name in CIFAR_ARMS}
+        for arm in [name for name in CIFAR_ARMS if of[name]]:
             against = {"least squares": "none", "least squares, distilled": "distilled"}.get(arm)
-            gain = (
-                differences(*(tuple(f["validation"] for f in of[name]) for name in (arm, against))) if against else []
-            )
-            rows[f"{criterion}, {share:.0%} of the MACs, {arm}"] = [
+            gain = differences(*([f["validation"] for f in of[n]] for n in (arm, against))) if against else []
+            cuts = "" if steps == 1 else f" in {steps} cuts"
+            rows[f"{criterion}, {share:.0%} of the MACs{cuts}, {arm}"] = [
                 text([f["validation"] for f in of[arm]]),
                 text(gain),
                 text([f["test"] for f in of[arm]]),
@@ -145,7 +146,8 @@ def cifar_report(arms: dict[str, Any]) -> dict[str, Any]:
     return {
         "summary": (
             f"ResNet-20 with given CIFAR-10 weights (validation {whole['validation']:.1%}, test {whole['test']:.1%}),"
-            " five cuts, global, 3 epochs of 9,000 images where it trains; gains of least squares are paired by seed."
+            " cut once, global, unless five cuts are said; 3 epochs of 9,000 images where it trains;"
+            " gains of least squares are paired by seed."
         ),
         "columns": ["validation accuracy, %", "gained by least squares", "test accuracy, %"],
         "rows": rows,
@@ -154,9 +156,9 @@ def cifar_report(arms: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def figures(arms: dict[str, Any], criterion: str, share: float, arm: str) -> list[dict[str, float]]:
+def figures(arms: dict[str, Any], criterion: str, share: float, arm: str, steps: int) -> list[dict[str, float]]:
     """Return the figures of an arm, a seed each."""
-    start = f"{criterion}, {share:.0%}, {arm}, "
+    start = f"{criterion}, {share:.0%}, {arm}, {steps}, "
     return [arms[key] for key in sorted(arms) if key.startswith(start) and key[len(start) :].isdecimal()]
 
 
@@ -227,6 +229,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--macs", type=float, default=0.4, help="share of the MACs that stays")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--data", choices=["digits", "cifar"], default="digits")
+    parser.add_argument("--steps", type=int, choices=[1, 5], default=1, help="cuts, with --data cifar")
+    parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=[*CRITERIA], help="with --data cifar")
+    parser.add_argument("--shares", nargs="+", type=float, choices=SHARES, default=[*SHARES], help="with --data cifar")
     parser.add_argument("--page", action="store_true", help="write the page from the result files, measure nothing")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
