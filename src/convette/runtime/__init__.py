@@ -1,16 +1,14 @@
 """Running networks where they will run: export to a file, engines by name, measured latency, verification."""
 
 from convette.runtime._export import export, exported_size, read_export_metadata
+from convette.runtime._load import Contention, Load, contention
 from convette.runtime._verify import Verification, verify
 from convette.runtime.engines import ENGINES, Engine, EngineSpec, Runner, missing, prepare
 from convette.runtime.latency import Choice, Latency, fastest, measure_latency, overlap
 from convette.runtime.latency_variability import (
-    Contention,
-    Load,
     Reversal,
     Spread,
     VariabilityStudy,
-    contention,
     spread,
     study,
     study_table,
