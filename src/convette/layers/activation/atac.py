@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convette.errors import UsageError
-from convette.layers._checks import check_batch_norm, check_maps
+from convette.layers._checks import check_batch, check_maps
 from convette.layers._folding import Stays
 from convette.layers._stages import stages
 
@@ -83,7 +83,7 @@ class ATAC(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         check_maps(x, self.channels, "ATAC")
-        check_batch_norm(x[:, :, :1, :1] if self.use_global else x, "ATAC", self.training)
+        check_batch(x[:, :, :1, :1] if self.use_global else x, "ATAC", self.training)
         return x * self.gate(x)
 
     def folded(self) -> nn.Module:

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convette.errors import UsageError
-from convette.layers._checks import check_maps
+from convette.layers._checks import check_maps, check_plain
+from convette.layers._convolutions import plain_convolution
 from convette.layers._folding import Stays
 from convette.layers._stages import place_behind, stages
 
@@ -137,9 +138,8 @@ class LateralInhibition2d(nn.Module):
                 " convolution (mode='linear' is one)."
             )
         channels, side = self.num_features, 2 * self.radius + 1
-        plain = nn.Conv2d(channels, channels, side, padding=self.radius, groups=channels, bias=False)
-        plain.padding_mode = "replicate"
-        plain._reversed_padding_repeated_twice = [self.radius] * 4
+        place: dict[str, Any] = {"padding": self.radius, "groups": channels, "padding_mode": "replicate"}
+        plain = nn.Conv2d(channels, channels, side, bias=False, **place)
         weight = -tau.view(-1, 1, 1, 1) * self.kernel
         weight[:, 0, self.radius, self.radius] += 1
         plain.weight = nn.Parameter(weight * (1 + tau.view(-1, 1, 1, 1)) if self.contrast else weight)
@@ -192,11 +192,9 @@ class RingInhibitedConv2d(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        if self.dilation != (1, 1) or isinstance(self.padding, str) or padding_mode != "zeros" or ring < 1:
-            raise UsageError(
-                f"RingInhibitedConv2d: dilation {dilation}, padding {padding!r} ({padding_mode}) and ring {ring}:"
-                " takes dilation 1, a number of zeros as padding and a ring of 1 or more."
-            )
+        check_plain("RingInhibitedConv2d", dilation=self.dilation, padding=padding, padding_mode=padding_mode)
+        if ring < 1:
+            raise UsageError(f"RingInhibitedConv2d: ring {ring} must be at least 1.")
         self.ring = ring
         self.strength = nn.Parameter(torch.tensor(float(init), device=device, dtype=dtype))
 
@@ -224,18 +222,7 @@ class RingInhibitedConv2d(nn.Conv2d):
                 "RingInhibitedConv2d: one larger kernel does the same only away from the borders, which it replicates"
                 " for the ring and fills with zeros for the window."
             )
-        plain = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            groups=self.groups,
-            bias=self.bias is not None,
-        )
-        plain.to(self.weight)  # type: ignore[arg-type]
-        plain.load_state_dict({name: value for name, value in self.state_dict().items() if name != "strength"})
-        return plain.eval()
+        return plain_convolution(self, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ring={self.ring}"

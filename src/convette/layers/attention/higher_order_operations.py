@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from convette.errors import UsageError
-from convette.layers._checks import check_batch_norm
+from convette.layers._checks import check_batch
 from convette.layers._folding import Stays
 from convette.layers._stages import stages as stages_of
 
@@ -178,7 +178,7 @@ class HigherOrderBlock(nn.Module):
                 f"HigherOrderBlock with a window of {len(self.window)}: expected an input (n, {channels}, ...) of"
                 f" {len(self.window) + 2} axes, got {tuple(x.shape)}."
             )
-        check_batch_norm(x, "HigherOrderBlock", self.training)
+        check_batch(x, "HigherOrderBlock", self.training)
         z = local_filter(self.value(x), self.filters(x), self.window)
         return x + self.output_norm(self.output(functional.relu(z)))
 

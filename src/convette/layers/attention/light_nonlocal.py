@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convette.errors import UsageError
-from convette.layers._checks import check_batch_norm, check_maps
+from convette.layers._checks import check_maps
 from convette.layers._folding import Stays
 from convette.layers.attention._placing import attach
 
@@ -110,8 +110,7 @@ class LightNonLocal2d(nn.Module):
         return bool(first <= second)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        check_maps(x, self.channels, "LightNonLocal2d")
-        check_batch_norm(x, "LightNonLocal2d", self.training)
+        check_maps(x, self.channels, "LightNonLocal2d", self.training)
         return (x + self.norm(self.conv(self.product(x).to(x.dtype)))).to(x.dtype)
 
     def folded(self) -> nn.Module:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convette.errors import UsageError
-from convette.layers._checks import check_batch_norm, check_maps
+from convette.layers._checks import check_batch, check_maps
 from convette.layers._folding import Stays
 from convette.layers.attention._placing import attach
 
@@ -117,7 +117,7 @@ class SoAG(nn.Module):
         check_maps(x, self.channels, "SoAG")
         if x.shape[2] * x.shape[3] == 0:
             raise UsageError(f"SoAG: an input {tuple(x.shape)} has no positions to take moments over.")
-        check_batch_norm(x, "SoAG", self.training and self.norm is not None)
+        check_batch(x, "SoAG", self.training and self.norm is not None)
         return x * self.gate(x).to(x.dtype)
 
     def folded(self) -> nn.Module:

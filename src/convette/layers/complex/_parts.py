@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.errors import UsageError
-from convette.layers._checks import check_batch_norm, check_maps
+from convette.layers._checks import check_maps
 from convette.layers.complex.complex_convolution import joined, magnitude, parts
 
 MODES = ("whiten", "naive", "magnitude")
@@ -75,11 +75,10 @@ class ComplexBatchNorm2d(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, x: Float[Tensor, "n pairs h w"]) -> Float[Tensor, "n pairs h w"]:
-        check_maps(x, 2 * self.num_features, "ComplexBatchNorm2d")
+        check_maps(x, 2 * self.num_features, "ComplexBatchNorm2d", self.training)
         half = x.dtype in (torch.float16, torch.bfloat16)
         a, b = parts(x.float() if half else x)
         if self.training:
-            check_batch_norm(x, "ComplexBatchNorm2d", True, x.numel() // max(x.shape[1], 1))
             mean, cov = self._batch_statistics(a, b)
         else:
             mean, cov = self.running_mean.unbind(1), self.running_cov.unbind(1)

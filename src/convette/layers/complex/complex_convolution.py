@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.errors import UsageError
+from convette.layers._convolutions import pair, plain_convolution
 
 INITS = ("kaiming", "rayleigh")
 METHODS = ("block", "karatsuba")
@@ -183,7 +184,7 @@ class ComplexConv2d(_ComplexLayer):
         _checked_words("ComplexConv2d", init, method, complexify)
         if in_channels % groups or out_channels % groups:
             raise UsageError(f"ComplexConv2d: {in_channels} -> {out_channels} channels in {groups} groups.")
-        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        size = pair(kernel_size)
         self.kernel_size, self.stride, self.padding, self.dilation = size, stride, padding, dilation
         self.groups, self.method, self.complexify = groups, method, complexify
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -227,8 +228,7 @@ class ComplexConv2d(_ComplexLayer):
 
     def folded(self) -> nn.Module:
         """Return the `nn.Conv2d` on pairs of channels, behind the step that makes inputs complex where there is one."""
-        place = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.bias is not None)
-        plain = self._folded(nn.Conv2d(2 * self.in_channels, 2 * self.out_channels, *place))  # type: ignore[arg-type]
+        plain = plain_convolution(self, self.dense_weight(), self.bias)
         return plain if self.complexify == "pair" else nn.Sequential(Complexify(self.complexify), plain).eval()
 
     def extra_repr(self) -> str:
@@ -255,7 +255,7 @@ class ComplexConvTranspose2d(_ComplexLayer):
     ) -> None:
         super().__init__()
         _checked_words("ComplexConvTranspose2d", init)
-        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        size = pair(kernel_size)
         self.kernel_size, self.stride, self.padding, self.output_padding = size, stride, padding, output_padding
         self._make((in_channels, out_channels, *size), out_channels, bias, init, {})
 

@@ -1,13 +1,14 @@
 """The networks of quadratic convolutions that were published (Mantini and Shah 2020)."""
 
 import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from convette.errors import UsageError
+from convette.layers._networks import blocks_of, residual_stages
 from convette.layers.convolution.quadratic_convolution import QuadraticConv2d, WideFormWarning
 
 
@@ -93,22 +94,14 @@ class QuadraticResNet(nn.Module):
         widths: tuple[int, int, int] = (16, 32, 64),
     ) -> None:
         super().__init__()
-        blocks, rest = divmod(depth - 2, 6)
-        if rest or blocks < 1:
-            raise UsageError(f"QuadraticResNet: depth {depth} must be 6 n + 2 (8, 14, 20, ...).")
+        blocks = blocks_of(depth, 2, "QuadraticResNet")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", WideFormWarning)
             self.conv1 = QuadraticConv2d(in_channels, widths[0], 3, 1, 1, rank=rank)
             self.bn1: nn.Module = nn.BatchNorm2d(widths[0])
-            channels, made = widths[0], []
-            for stage, wide in enumerate(widths):
-                layers = []
-                for index in range(blocks):
-                    layers.append(_QuadraticBlock(channels, wide, 2 if stage and index == 0 else 1, rank))
-                    channels = wide
-                made.append(nn.Sequential(*layers))
-            self.layer1, self.layer2, self.layer3 = made
-        self.linear = nn.Linear(channels, num_classes)
+            block = partial(_QuadraticBlock, rank=rank)
+            self.layer1, self.layer2, self.layer3 = residual_stages(widths[0], widths, blocks, block)
+        self.linear = nn.Linear(widths[-1], num_classes)
         for module in self.modules():
             if isinstance(module, QuadraticConv2d):
                 _start_small(module)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from convette.errors import UsageError
+from convette.layers._checks import check_maps, check_plain
+from convette.layers._convolutions import pair
 from convette.layers._folding import Stays
 
 Init = Literal["normal", "glorot", "linear"]
@@ -80,18 +82,14 @@ class QuadraticConv2d(nn.Module):
         init: Init = "normal",
     ) -> None:
         super().__init__()
-        if groups != 1 or padding_mode != "zeros" or isinstance(padding, str):
-            raise UsageError(
-                f"QuadraticConv2d: groups {groups}, padding {padding!r} ({padding_mode}): takes one group and a number"
-                " of zeros as padding."
-            )
+        check_plain("QuadraticConv2d", groups=groups, padding=padding, padding_mode=padding_mode)
         if sign not in (-1, 1) or init not in ("normal", "glorot", "linear") or (rank is not None and rank < 1):
             raise UsageError(
                 f"QuadraticConv2d: sign {sign}, init {init!r}, rank {rank}: sign is -1 or 1, init 'normal', 'glorot' or"
                 " 'linear', rank at least 1 or None."
             )
-        self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
-        self.padding, self.dilation = _pair(padding), _pair(dilation)
+        self.kernel_size, self.stride = pair(kernel_size), pair(stride)
+        self.padding, self.dilation = pair(padding), pair(dilation)
         self.rank = rank
         self.sign: Literal[-1, 1] = sign
         cells = self.kernel_size[0] * self.kernel_size[1]
@@ -161,8 +159,7 @@ class QuadraticConv2d(nn.Module):
             )
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n out rows columns"]:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise UsageError(f"QuadraticConv2d: expected an input (n, {self.in_channels}, h, w), got {tuple(x.shape)}.")
+        check_maps(x, self.in_channels, "QuadraticConv2d")
         linear = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
         quadratic = self._full(x, linear) if self.rank is None else self._low_rank(x)
         return linear + (quadratic if self.sign == 1 else -quadratic)
@@ -322,10 +319,6 @@ class QuadraticConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride},"
             f" padding={self.padding}, rank={self.rank}, sign={self.sign}"
         )
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _forms(patches: Tensor, form: Tensor, row: Tensor) -> Tensor:

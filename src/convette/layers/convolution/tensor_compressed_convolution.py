@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.errors import UsageError
+from convette.layers._convolutions import plain_convolution
 from convette.layers._folding import Stays
 from convette.layers.convolution._decomposition import compose, decompose
 
@@ -265,26 +266,7 @@ class _FactorizedConv(nn.Module):
 
     def materialized(self) -> nn.Module:
         """Return the plain convolution with the composed kernel: exact."""
-        weight, bias = self.dense_weight().detach(), self._bias()
-        conv: Any = _CONVS[self.dimensions]
-        plain = conv(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self._groups(),
-            bias is not None,
-            self.padding_mode,
-            weight.device,
-            weight.dtype,
-        )
-        with torch.no_grad():
-            plain.weight.copy_(weight)
-            if bias is not None:
-                plain.bias.copy_(bias)
-        return plain.eval()
+        return plain_convolution(self, self.dense_weight(), self._bias(), self._groups())
 
     def truncated(self, rank: int) -> "_FactorizedConv":
         """Return a copy with the `rank` largest terms (by `term_norms`) of every filter."""

@@ -1,5 +1,6 @@
 """Whole networks of the ball: the Poincaré ResNet, and others made hyperbolic."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional
 
 from convette.errors import UsageError
 from convette.layers._modules import replace_modules
+from convette.layers._networks import blocks_of, residual_stages
 from convette.layers.hyperbolic.poincare_resnet import (
     PoincareAdd,
     PoincareBatchNorm2d,
@@ -79,17 +81,11 @@ class PoincareResNet(nn.Module):
         order: str = "fr",
     ) -> None:
         super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise UsageError(f"depth {depth}: a Poincaré ResNet has depth 6n + 2 (8, 14, 20, 26, 32, ...).")
+        blocks = blocks_of(depth, 2, "PoincareResNet")
         self.conv1 = PoincareConv2d(in_channels, widths[0], 3, 1, 1, c=c, init=init)
         self.norm1 = PoincareBatchNorm2d(widths[0], c=c)
-        groups = []
-        for number, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
-            blocks = [PoincareBlock(before, width, 1 if number == 0 else 2, c=c, init=init, order=order)]
-            for _ in range((depth - 2) // 6 - 1):
-                blocks.append(PoincareBlock(width, width, c=c, init=init, order=order))
-            groups.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3 = groups
+        block = partial(PoincareBlock, c=c, init=init, order=order)
+        self.layer1, self.layer2, self.layer3 = residual_stages(widths[0], widths, blocks, block)
         self.linear = PoincareLinear(widths[-1], num_classes, c=c, init=init)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.errors import UsageError
-from convette.layers._checks import check_batch_norm, check_maps
+from convette.layers._checks import check_maps, check_plain
+from convette.layers._convolutions import pair
 from convette.layers._folding import Stays
 from convette.layers.hyperbolic._ball import PoincareBall, margin, tiny
 
@@ -178,13 +179,9 @@ class PoincareConv2d(nn.Module):
         init: str = "dirac",
     ) -> None:
         super().__init__()
-        if groups != 1 or dilation not in (1, (1, 1)) or padding_mode != "zeros" or isinstance(padding, str):
-            raise UsageError(
-                f"PoincareConv2d: groups {groups}, dilation {dilation}, padding {padding!r} of {padding_mode!r}; it has"
-                " one group, dilation 1 and zeros in numbers."
-            )
+        check_plain("PoincareConv2d", groups=groups, dilation=dilation, padding=padding, padding_mode=padding_mode)
         self.ball, self.init = PoincareBall(c), _known_init(init)
-        self.kernel_size, self.stride, self.padding = map(_pair, (kernel_size, stride, padding))
+        self.kernel_size, self.stride, self.padding = map(pair, (kernel_size, stride, padding))
         # Of the width it was made with: a network whose channels are removed then computes what it did without them.
         self.ratio = beta_ratio(in_channels, math.prod(self.kernel_size))
         self.weight = nn.Parameter(
@@ -245,10 +242,6 @@ class PoincareConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride},"
             f" padding={self.padding}, c={self.ball.c}"
         )
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def _known_init(init: str) -> str:
@@ -341,8 +334,7 @@ class PoincareBatchNorm2d(nn.Module):
         return self.running_mean.shape[0]
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        check_maps(x, self.num_features, "PoincareBatchNorm2d")
-        check_batch_norm(x, "PoincareBatchNorm2d", self.training)
+        check_maps(x, self.num_features, "PoincareBatchNorm2d", self.training)
         return _full(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from convette.errors import UsageError
-
 
 class Moments(NamedTuple):
     """A mean and a biased variance, shaped to broadcast against what they were taken from."""
@@ -76,24 +74,6 @@ def normalise(
     distance = in_full(x) - moments.mean
     y = distance * scale if bias is None else torch.addcmul(bias.view(shape).to(distance.dtype), distance, scale)
     return y.to(x.dtype)
-
-
-def check_maps(x: Tensor, channels: int, layer: str, training: bool) -> None:
-    """Raise `UsageError` for an input that is not (n, channels, h, w), and for batches that have no variance."""
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise UsageError(f"{layer}: expected an input (n, {channels}, h, w), got {tuple(x.shape)}.")
-    if training:
-        check_batch(x, layer)
-
-
-def check_batch(x: Tensor, layer: str) -> None:
-    """Raise `UsageError` for a training batch with fewer than two values a channel: those have no variance."""
-    values = x.numel() // max(x.shape[1], 1)
-    if values < 2:
-        raise UsageError(
-            f"{layer}: {values} value a channel in training, input {tuple(x.shape)}; batch statistics need at least 2:"
-            " use larger batches or maps, or a normaliser without them (group norm, WeightAlign)."
-        )
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convette.errors import UsageError
+from convette.layers._checks import check_maps
 from convette.layers._folding import Stays
-from convette.layers.normalization._moments import check_maps
 from convette.layers.normalization._residual import last_norms
 
 

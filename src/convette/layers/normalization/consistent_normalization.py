@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.errors import UsageError
+from convette.layers._checks import check_maps
 from convette.layers._folding import Stays
 from convette.layers._modules import replace_modules
-from convette.layers.normalization._moments import channel_moments, check_maps, normalise, running_factor, track
+from convette.layers.normalization._moments import channel_moments, normalise, running_factor, track
 from convette.layers.normalization._residual import ResidualBlock, check_plain, residual_blocks
 from convette.layers.normalization.sparse_switchable_normalization import SparseSwitchNorm2d
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from convette.errors import UsageError
+from convette.layers._checks import check_batch, check_maps
 from convette.layers._folding import Stays
 from convette.layers._modules import replace_modules
 from convette.layers.normalization._moments import (
     Moments,
     channel_moments,
-    check_batch,
     in_full,
     normalise,
     running_factor,
@@ -214,10 +214,7 @@ class FilteredBatchNorm2d(_FilteredBatchNorm):
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.ndim != 4 or input.shape[1] != self.num_features:
-            raise UsageError(
-                f"FilteredBatchNorm2d: expected an input (n, {self.num_features}, h, w), got {tuple(input.shape)}."
-            )
+        check_maps(input, self.num_features, "FilteredBatchNorm2d")
 
     def forward(self, input: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         return self._run(input)

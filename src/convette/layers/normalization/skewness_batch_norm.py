@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convette.errors import UsageError
+from convette.layers._checks import check_maps
 from convette.layers._folding import Stays
-from convette.layers.normalization._moments import check_maps, in_full
+from convette.layers.normalization._moments import in_full
 
 Mode = Literal["signed", "adaptive"]
 # A running skewness of fewer batches is noise: until then both sides are bent.

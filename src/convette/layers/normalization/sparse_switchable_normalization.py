@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convette.errors import UsageError
+from convette.layers._checks import check_maps
 from convette.layers._folding import Stays
 from convette.layers._modules import replace_modules
 from convette.layers.normalization._moments import (
     Moments,
     batch_moments,
-    check_maps,
     instance_moments,
     layer_moments,
     normalise,

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from convette.errors import UsageError
+from convette.layers._convolutions import plain_convolution
 from convette.layers._folding import bake, can_bake
 from convette.layers._modules import replace_modules
 from convette.layers.normalization._residual import last_norms
@@ -155,24 +156,7 @@ class WAConv2d(nn.Conv2d):
 
     def folded(self) -> nn.Conv2d:
         """Return the plain convolution with the aligned weights: exact."""
-        plain = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            self.weight.device,
-            self.weight.dtype,
-        )
-        with torch.no_grad():
-            plain.weight.copy_(self.aligned_weight())
-            if self.bias is not None and plain.bias is not None:
-                plain.bias.copy_(self.bias)
-        return plain.eval()
+        return plain_convolution(self, self.aligned_weight(), self.bias)
 
 
 def weight_align(

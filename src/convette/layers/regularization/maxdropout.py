@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from convette.errors import UsageError
 from convette.layers._folding import Stays
+from convette.layers._networks import blocks_of, residual_stages
 from convette.layers._stages import stages
 
 Scope = Literal["tensor", "sample", "channel"]
@@ -174,24 +175,19 @@ class WideResNet(nn.Module):
         p: float = 0.3,
     ) -> None:
         super().__init__()
-        blocks, rest = divmod(depth - 4, 6)
-        if rest or blocks < 1:
-            raise UsageError(f"WideResNet: depth {depth} must be 6 n + 4 (10, 16, 22, 28, 40, ...).")
+        blocks = blocks_of(depth, 4, "WideResNet")
         kinds = {"max": MaxDropout, "random": nn.Dropout, "none": lambda p: nn.Identity()}
         if dropout not in kinds:
             raise UsageError(f"WideResNet: dropout {dropout!r} is none of {', '.join(kinds)}.")
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        channels, made = 16, []
-        for stage, base in enumerate((16, 32, 64), 1):
-            layers = []
-            for index in range(blocks):
-                stride = 2 if stage > 1 and index == 0 else 1
-                layers.append(_WideBlock(channels, base * width, stride, kinds[dropout](p)))
-                channels = base * width
-            made.append(nn.Sequential(*layers))
-        self.layer1, self.layer2, self.layer3 = made
-        self.bn = nn.BatchNorm2d(channels)
-        self.linear = nn.Linear(channels, num_classes)
+        widths = [width * base for base in (16, 32, 64)]
+
+        def block(in_channels: int, channels: int, stride: int) -> nn.Module:
+            return _WideBlock(in_channels, channels, stride, kinds[dropout](p))
+
+        self.layer1, self.layer2, self.layer3 = residual_stages(16, widths, blocks, block)
+        self.bn = nn.BatchNorm2d(widths[-1])
+        self.linear = nn.Linear(widths[-1], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
