@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 COVERAGE = ROOT / "benchmarks" / "results" / "surgery_coverage.json"
 RESULT = ROOT / "benchmarks" / "results" / "prune_any.json"
 COMMAND = 'convette prune NAME --budget "macs<=50%" --criterion l1 --epochs 0'
-SECONDS = 300
+SECONDS = 900
 MEMORY = 10_000_000_000
 
 

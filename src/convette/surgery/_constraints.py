@@ -193,17 +193,23 @@ def _splits(member: Member, heads: int, attention: nn.Module, path: str) -> bool
     return member.index.shape[1] % width != 0
 
 
-def least_units(groups: Iterable[Group], units: Mapping[str, Tensor], singles: Sequence[Tensor]) -> tuple[Group, ...]:
+def least_units(
+    groups: Iterable[Group], units: Mapping[str, Tensor], singles: Sequence[Tensor], labels: int
+) -> tuple[Group, ...]:
     """Return `groups` with a minimum of two units where statistics need two values: `singles` are their labels' roots.
+
+    `labels`: how many labels there are.
 
     A convolution that standardises its weights (timm's ``ScaledStdConv2d``) has no variance over one input channel.
     """
     if not singles:
         return tuple(groups)
-    roots = torch.cat([single.reshape(-1) for single in singles]).unique()
+    needs_two = torch.zeros(labels, dtype=torch.bool)
+    for single in singles:
+        needs_two[single.reshape(-1)] = True
     result = []
     for group in groups:
-        if group.size > 1 and bool(torch.isin(units[group.name], roots).any()):
+        if group.size > 1 and bool(needs_two[units[group.name]].any()):
             rules = replace(group.constraints, minimum=max(2, group.constraints.minimum))
             group = replace(group, constraints=rules)
         result.append(group)

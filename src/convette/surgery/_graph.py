@@ -11,7 +11,7 @@ from convette.errors import StructureError, did_you_mean
 from convette.surgery._constraints import WidthConstraints, constrained, least_units
 from convette.surgery._edits import Shrink
 from convette.surgery._groups import Group, build_groups
-from convette.surgery._labels import LabelStore, Slot
+from convette.surgery._labels import LabelStore, Slot, narrowed, normalised
 from convette.surgery._records import FrozenOperator, Records
 
 Selection: TypeAlias = Mapping[str, Tensor]
@@ -34,9 +34,12 @@ class ChannelGraph:
         groups, self._unit_roots = build_groups(store, roots)
         # A variance taken in training mode, as layers do that standardise their weights, needs two values.
         singles = [
-            self.roots[layer] for scope in records.scopes if scope.name == "batch_norm" for layer in scope.layers
+            self.roots[narrowed(normalised(layer))]
+            for scope in records.scopes
+            if scope.name == "batch_norm"
+            for layer in scope.layers
         ]
-        self.groups = least_units(groups, self._unit_roots, singles)
+        self.groups = least_units(groups, self._unit_roots, singles, len(roots))
         self.kept: dict[str, str] = {}
         self._by_name = {group.name: group for group in self.groups}
 

@@ -24,7 +24,8 @@ from convette.surgery._without_values import WithoutValues, without_values
 Attributes = dict[str, dict[str, Any]]
 _ROUNDS = 6
 # Sizes of space and of layout, never of channels, however equal their value.
-_NOT_CHANNELS = ("stride", "kernel", "pad", "dilat", "window", "patch", "img", "grid", "shift", "depth", "input_size")
+_SPACE = ("stride", "kernel", "pad", "dilat", "window", "patch", "img", "grid", "shift", "input_size")
+_NOT_CHANNELS = (*_SPACE, "depth", "token")
 
 
 def probed(graph: ChannelGraph, edit: Any, items: Mapping[int, tuple[SizeCall, Any]], walk: Walk | None = None) -> Any:
@@ -53,7 +54,7 @@ def probed(graph: ChannelGraph, edit: Any, items: Mapping[int, tuple[SizeCall, A
             guessed = {name for name in attributes if attributes[name].keys() - edit.attributes.get(name, {}).keys()}
             if not guessed:
                 raise failure[1]
-            _withdraw({failure[0]} & guessed or guessed, attributes, edit.attributes, refused)
+            _withdraw(_alike(model, {failure[0]}, guessed) or guessed, attributes, edit.attributes, refused)
         if attempt:
             # An attribute that did not put all of its module's calls right is left alone.
             _withdraw({item.item.module for item in mismatches}, attributes, edit.attributes, refused)
@@ -208,6 +209,12 @@ def _attribute_holding(
 
 def _may_hold_channels(key: str) -> bool:
     return not key.startswith("_") and not any(word in key for word in _NOT_CHANNELS)
+
+
+def _alike(model: nn.Module, names: set[str], among: set[str]) -> set[str]:
+    """Return those of the modules `among` that are of the class of one of `names`: what is wrong in one is in all."""
+    kinds = {type(find_module(model, name)) for name in names & among}
+    return {name for name in among if type(find_module(model, name)) in kinds}
 
 
 def _withdraw(
