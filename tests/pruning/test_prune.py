@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -168,6 +169,23 @@ def test_latency_that_is_missed_at_the_end_is_cut_further(network, example):
     result = prune(network, example, "latency<=60%", bare(steps=1), measure=measure)
     assert result.met and len(result.steps) == 3
     assert result.steps[2].cost.macs < result.steps[1].cost.macs
+
+
+def test_a_tail_is_aimed_at_by_the_upper_end_of_its_interval(network, example):
+    def measure(networks, example, engine):
+        found = latency_by_macs(networks, example, engine)
+        return {
+            name: dataclasses.replace(one, tail_intervals={"p99": (one.p99, one.p99 * 1.25)})
+            for name, one in found.items()
+        }
+
+    limit = 1.1 * latency_by_macs({"": network}, example, "")[""].p99
+    assert prune(network, example, f"latency.p99<={limit}ms", bare(), measure=latency_by_macs).end.macs == (
+        count(network, example).macs
+    )
+    result = prune(network, example, f"latency.p99<={limit}ms", bare(), measure=measure)
+    assert result.met and result.end.latency["eager:cpu"].upper("p99") <= limit
+    assert result.end.get("latency.p99") <= limit / 1.25
 
 
 def test_latency_that_never_holds_ends_with_what_was_reached(network, example):

@@ -158,3 +158,20 @@ def test_of_equally_fast_ones_the_most_precise_is_named():
     choice = fastest(latencies)
     assert choice.name == "bf16"
     assert "int8 cannot be told apart from it in speed and no more precise" in choice.reason
+
+
+def test_the_tails_have_intervals_that_hold_them_and_old_files_are_read_without():
+    clock, generator = Clock(), np.random.default_rng(0)
+    held = 0
+    for _ in range(40):
+        runner = FakeRunner(clock, lambda _: float(generator.lognormal(-6, 0.2)))
+        latency = run(clock, {"a": runner}, minimum_samples=1000, relative_error=0.5, time_limit=60.0)["a"]
+        low, high = latency.tail_intervals["p99"]
+        assert low <= latency.p99 <= high == latency.upper("p99")
+        held += low <= 1e3 * np.exp(-6 + 0.2 * 2.3263) <= high
+    assert held >= 34
+    assert latency.upper() == latency.p50_interval[1] < latency.upper("p95") < latency.upper("p99")
+    assert Latency.from_json(json.loads(json.dumps(latency.to_json()))) == latency
+    old = latency.to_json()
+    del old["tail_intervals"]
+    assert Latency.from_json(old).upper("p99") == latency.p99

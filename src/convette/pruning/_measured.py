@@ -75,7 +75,7 @@ class MeasuredLimits:
                     value, start = float(count(network, self.example).memory), self.memory_start
                 else:
                     engine = engine_of(limit)
-                    value = _pessimistic(latencies[name][engine], limit.percentile)
+                    value = latencies[name][engine].upper(limit.percentile)
                     start = float(getattr(latencies["start"][engine], limit.percentile or "p50"))
                 bound = limit.value * start if limit.relative else limit.value
                 rows.append((limit, value, value / bound if bound > 0 else float("inf")))
@@ -86,9 +86,3 @@ class MeasuredLimits:
 def worst(rows: Sequence[tuple[Limit, float, float]]) -> float:
     """Return the largest share of a bound; 0 without limits."""
     return max((share for _, _, share in rows), default=0.0)
-
-
-def _pessimistic(latency: Latency, percentile: str | None) -> float:
-    if percentile in (None, "p50"):
-        return max(float(latency.p50), float(latency.p50_interval[1]))
-    return float(getattr(latency, percentile))

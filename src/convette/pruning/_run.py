@@ -19,7 +19,7 @@ from convette.pruning._blocks import drop_blocks, untied
 from convette.pruning._calibration import cut, draw_calibration
 from convette.pruning._deciding import Decision, decide, say, smallest_cost
 from convette.pruning._distributed import copy_from_main_rank, decided_by_main_rank
-from convette.pruning._measured import MEASURED, Measure, MeasuredLimits
+from convette.pruning._measured import MEASURED, Measure, MeasuredLimits, engine_of
 from convette.pruning._store import StateStore, fingerprint
 from convette.pruning.methods.gradual_pruning import GradualPruning
 from convette.pruning.methods.growing_regularization import GrowingRegularization
@@ -255,8 +255,15 @@ class Run:
     def _worst_latency(self) -> float:
         start = replace(self.start, latency=dict(self.latencies["start"]))
         end = replace(self.records[-1].cost, latency=dict(self.latencies["end"]))
-        statuses = self.budget.resolve(start).check(end)
-        return max(s.value / s.limit.value for s in statuses if s.limit.metric == "latency")
+        shares = []
+        for status in self.budget.resolve(start).check(end):
+            limit, value = status.limit, status.value
+            if limit.metric == "latency":
+                # A tail differs more between measurements than a median: the upper end of its interval counts.
+                if limit.percentile in ("p95", "p99"):
+                    value = end.latency[engine_of(limit)].upper(limit.percentile)
+                shares.append(value / limit.value)
+        return max(shares)
 
 
 def prepare_run(

@@ -4,8 +4,8 @@ import dataclasses
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ class Latency:
 
     `p50_interval` is the 95 % interval of the median. `cold_start` is the time from the model or file in hand to the
     first answer. `load_average` is that of the machine over the minute before (runnable processes). `timings` are
-    at most 500 of the `samples` calls, evenly taken in the order they were made.
+    at most 500 of the `samples` calls, evenly taken in the order they were made. `tail_intervals`: those of p95 and p99
+    (files of before there were any have none).
     """
 
     engine: str
@@ -45,20 +46,33 @@ class Latency:
     cold_start: float
     load_average: float
     timings: tuple[float, ...]
+    tail_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def upper(self, percentile: str | None = None) -> float:
+        """Return the upper end of the 95 % interval of `percentile` (None: p50); where none is known, its value."""
+        name = percentile or "p50"
+        interval = self.p50_interval if name == "p50" else self.tail_intervals.get(name, (0.0, 0.0))
+        return max(float(getattr(self, name)), float(interval[1]))
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
-        return dataclasses.asdict(self) | {"p50_interval": list(self.p50_interval), "timings": list(self.timings)}
+        return dataclasses.asdict(self) | {
+            "p50_interval": list(self.p50_interval),
+            "timings": list(self.timings),
+            "tail_intervals": {name: list(interval) for name, interval in self.tail_intervals.items()},
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Latency":
         """Read what `to_json` returned."""
         fields = {field.name for field in dataclasses.fields(cls)}
-        if set(value) != fields:
-            wrong = sorted(set(value) ^ fields)
+        if set(value) | {"tail_intervals"} != fields:
+            wrong = sorted((set(value) | {"tail_intervals"}) ^ fields)
             raise UsageError(f"not the JSON of a latency: {', '.join(wrong)} missing or unknown.")
         low, high = value["p50_interval"]
-        return cls(**{**value, "p50_interval": (low, high), "timings": tuple(value["timings"])})
+        tails = {name: (pair[0], pair[1]) for name, pair in value.get("tail_intervals", {}).items()}
+        read = {"p50_interval": (low, high), "timings": tuple(value["timings"]), "tail_intervals": tails}
+        return cls(**{**value, **read})
 
 
 def measure_latency(
@@ -141,14 +155,21 @@ def median_interval(rounds: np.ndarray, resamples: int = _RESAMPLES) -> tuple[fl
 
     Deterministic for equal input. With fewer than five rounds: smallest and largest value.
     """
+    return percentile_intervals(rounds, (50,), resamples)[0]
+
+
+def percentile_intervals(
+    rounds: np.ndarray, percentiles: Sequence[float | int], resamples: int = _RESAMPLES
+) -> list[tuple[float, float]]:
+    """Return the 95 % interval of each of `percentiles` (0 to 100), as `median_interval` finds the median's."""
     if len(rounds) < 5:
-        return float(rounds.min()), float(rounds.max())
+        return [(float(rounds.min()), float(rounds.max()))] * len(percentiles)
     generator = np.random.default_rng(0)
     picks = generator.integers(0, len(rounds), size=(resamples, len(rounds)))
-    medians = np.median(rounds[picks].reshape(resamples, -1), axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    middle = float(np.median(rounds))
-    return min(float(low), middle), max(float(high), middle)
+    found = np.percentile(rounds[picks].reshape(resamples, -1), percentiles, axis=1)
+    ends = np.percentile(found, [2.5, 97.5], axis=1)
+    values = np.percentile(rounds, percentiles)
+    return [(min(float(a), float(v)), max(float(b), float(v))) for a, b, v in zip(*ends, values, strict=True)]
 
 
 def _warm_up(
@@ -195,6 +216,7 @@ def _tight(rounds: list[np.ndarray], relative_error: float, minimum_samples: int
 def _latency(runner: Any, batch_size: int, rounds: np.ndarray, load: float) -> Latency:
     timings = rounds.ravel()
     p50, p95, p99 = (float(value) for value in np.percentile(timings, [50, 95, 99]))
+    middle, *tails = percentile_intervals(rounds, (50, 95, 99))
     kept = timings[np.linspace(0, timings.size - 1, min(timings.size, KEPT_TIMINGS)).round().astype(int)]
     return Latency(
         engine=runner.engine,
@@ -207,10 +229,11 @@ def _latency(runner: Any, batch_size: int, rounds: np.ndarray, load: float) -> L
         p95=p95,
         p99=p99,
         mean=float(timings.mean()),
-        p50_interval=median_interval(rounds),
+        p50_interval=middle,
         cold_start=runner.cold_start_seconds * 1e3,
         load_average=load,
         timings=tuple(round(float(value), 6) for value in kept),
+        tail_intervals=dict(zip(("p95", "p99"), tails, strict=True)),
     )
 
 
