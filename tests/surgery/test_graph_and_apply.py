@@ -238,7 +238,8 @@ def test_units_are_shown_in_words_and_as_a_picture(model):
     graph = surgery.trace(model, IMAGES)
     text = surgery.units_text(graph)
     assert text.startswith("12 groups, 400 units") and len(text.splitlines()) == 13
-    assert "conv1: 16 channels, tied over conv1, layer1.0.conv2" in text
+    assert "conv1: 16 channels, tied over conv1 + conv2 of 3 blocks of layer1" in text
     assert "layer1.0.conv1: 16 channels, made by layer1.0.conv1; read by layer1.0.conv2" in text
     picture = xml.etree.ElementTree.fromstring(surgery.units_svg(graph))
     assert len(picture.findall(".//{*}g")) == 12
+    assert sorted(int(n.text) for n in picture.findall(".//{*}g/{*}text")) == sorted(group.size for group in graph)
