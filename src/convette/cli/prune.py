@@ -27,10 +27,14 @@ def prune(
     ] = None,
     allocation: Annotated[
         str | None,
-        typer.Option("--allocation", help="global, uniform, exact, opti_cut, evolution ... (prune.allocation)"),
+        typer.Option(
+            "--allocation",
+            help="global, uniform, exact, evolution, transformable_architecture_search ... (prune.allocation)",
+        ),
     ] = None,
     schedule: Annotated[
-        str | None, typer.Option("--schedule", help="iterative, gradual, growing or soft. (prune.schedule)")
+        str | None,
+        typer.Option("--schedule", help="iterative, gradual, growing, soft; n2n, block_then_channel. (prune.schedule)"),
     ] = None,
     blocks: Annotated[
         str | None, typer.Option("--blocks", help="Share of the blocks that may be left out: 25%. (prune.blocks)")

@@ -1,7 +1,8 @@
 """Calibration images, and the loss of a cut network on them."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,23 +35,32 @@ def cut(network: nn.Module, graph: ChannelGraph, selection: Mapping[str, Tensor]
     return network
 
 
-def loss_of_cuts(
-    network: nn.Module, graph: ChannelGraph, batches: Batches, *, recalibrate: bool = True
-) -> Callable[[Mapping[str, Tensor]], float]:
-    """Return ``loss(selection)``: the mean cross-entropy on `batches` of a copy of `network` cut to the selection.
+@dataclass(frozen=True)
+class CutLoss:
+    """The mean cross-entropy on `batches` of a copy of `network` cut to a selection.
 
-    With `recalibrate` batch norms take their statistics anew on these images first.
+    With `recalibrate` batch norms take their statistics anew on these images first. What searches by gradient finds
+    network and images here.
     """
 
-    @torch.no_grad()
-    def loss(selection: Mapping[str, Tensor]) -> float:
-        own = cut(copy.deepcopy(network), graph, selection).eval()
-        if recalibrate and selection:
-            take_statistics(own, [images for images, _ in batches])
-        total = sum(float(functional.cross_entropy(own(x), y, reduction="sum")) for x, y in batches)
-        return total / sum(len(y) for _, y in batches)
+    network: nn.Module
+    graph: ChannelGraph
+    batches: Batches
+    recalibrate: bool = True
 
-    return loss
+    @torch.no_grad()
+    def __call__(self, selection: Mapping[str, Tensor]) -> float:
+        """Return the loss of `selection`."""
+        own = cut(copy.deepcopy(self.network), self.graph, selection).eval()
+        if self.recalibrate and selection:
+            take_statistics(own, [images for images, _ in self.batches])
+        total = sum(float(functional.cross_entropy(own(x), y, reduction="sum")) for x, y in self.batches)
+        return total / sum(len(y) for _, y in self.batches)
+
+
+def loss_of_cuts(network: nn.Module, graph: ChannelGraph, batches: Batches, *, recalibrate: bool = True) -> CutLoss:
+    """Return ``loss(selection)``: the loss of what a cut leaves, on `batches` (`CutLoss`)."""
+    return CutLoss(network, graph, batches, recalibrate)
 
 
 @torch.no_grad()

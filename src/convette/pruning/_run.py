@@ -21,6 +21,7 @@ from convette.pruning._deciding import Decision, decide, say, smallest_cost
 from convette.pruning._distributed import copy_from_main_rank, decided_by_main_rank
 from convette.pruning._measured import MEASURED, Measure, MeasuredLimits, engine_of
 from convette.pruning._store import StateStore, fingerprint
+from convette.pruning.frameworks import FRAMEWORKS, run_framework
 from convette.pruning.methods.gradual_pruning import GradualPruning
 from convette.pruning.methods.growing_regularization import GrowingRegularization
 from convette.pruning.methods.soft_pruning import SoftPruning
@@ -109,6 +110,8 @@ class Run:
         """Cut `network` once more, repair it and keep it; returns the network to go on with."""
         began = time.perf_counter()
         self.step += 1
+        if self.settings.schedule in FRAMEWORKS:
+            return run_framework(self, network)
         decision = Decision(**decided_by_main_rank(lambda: asdict(decide(self, network))))
         if self.step == 1:
             # Only now: a budget that cannot be reached costs no evaluation.

@@ -11,6 +11,7 @@ from convette.data import ImageData
 from convette.pruning._measured import Measure, measure_latencies
 from convette.pruning._run import prepare_run
 from convette.pruning.criteria import NEED_DATA
+from convette.pruning.frameworks import FRAMEWORKS, check_framework
 from convette.pruning.result import PruneResult
 from convette.pruning.settings import PruneSettings
 from convette.training import TrainSettings, resolve_device, start_distributed
@@ -89,6 +90,16 @@ def check_budget(
     # How far a group can shrink depends on the criterion only where it scores some groups and not others.
     criterion = "random" if settings.criterion in NEED_DATA else settings.criterion
     options = {} if criterion != settings.criterion else settings.criterion_options
-    plain = replace(settings, criterion=criterion, criterion_options=options, allocation="global", epochs=0)
+    plain = replace(
+        settings,
+        criterion=criterion,
+        criterion_options=options,
+        allocation="global",
+        schedule="iterative",
+        schedule_options={},
+        epochs=0,
+    )
     run = prepare_run(model, data, budget, plain, None, measure, None, torch.device("cpu"))
+    if settings.schedule in FRAMEWORKS:
+        check_framework(replace(run, settings=settings))
     return run.check()

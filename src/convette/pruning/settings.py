@@ -7,12 +7,14 @@ from typing import Any, ClassVar, Literal
 from convette.errors import UsageError, did_you_mean
 from convette.pruning.allocation import ONLY_COUNTED, find_allocation
 from convette.pruning.criteria import check_options
+from convette.pruning.frameworks import FRAMEWORKS
+from convette.pruning.frameworks import check_options as check_schedule_options
 from convette.surgery import WidthConstraints
 
 OptionValue = str | int | float | bool
 CHOICES = {
     "predictor": ("macs", "latency_table"),
-    "schedule": ("iterative", "gradual", "growing", "soft"),
+    "schedule": ("iterative", "gradual", "growing", "soft", *FRAMEWORKS),
     "distil_from": ("logits", "features", "in_place"),
 }
 
@@ -25,7 +27,9 @@ class PruneSettings:
     - `allocation`: where the budget is spent (a name in `ALLOCATIONS`).
     - `schedule`: "iterative" cuts and recovers in `steps`; "gradual", "growing" and "soft" prune in one training of all
       `epochs`: by many small cuts (`GradualPruning`), by a growing decay of what is cut later
-      (`GrowingRegularization`), by masks that units may come back from (`SoftPruning`).
+      (`GrowingRegularization`), by masks that units may come back from (`SoftPruning`). Whole frameworks decide for
+      themselves and count only: "n2n" (policies remove and shrink), "block_then_channel" (rounds of sparse training).
+    - `schedule_options`: of a framework (the fields of `N2NSettings`, `BlockChannelSettings`).
     - `steps`: the cost falls in this many steps, each by the same factor; scores are taken anew at each. 1: one shot.
     - `untie`: residual streams are un-tied first (`convette.surgery.untie`): each layer then chooses on its own which
       channels of a stream it writes and reads, at the price of gathers and scatters.
@@ -56,7 +60,8 @@ class PruneSettings:
     criterion: str = "l1"
     criterion_options: Mapping[str, OptionValue] = field(default_factory=dict)
     allocation: str = "global"
-    schedule: Literal["iterative", "gradual", "growing", "soft"] = "iterative"
+    schedule: Literal["iterative", "gradual", "growing", "soft", "n2n", "block_then_channel"] = "iterative"
+    schedule_options: Mapping[str, OptionValue] = field(default_factory=dict)
     steps: int = 5
     untie: bool = False
     blocks: float | int = 0.0
@@ -80,6 +85,7 @@ class PruneSettings:
             chosen = getattr(self, name)
             if chosen not in offered:
                 raise UsageError(f"prune.{name} = {chosen!r} is unknown.{did_you_mean(str(chosen), offered)}")
+        check_schedule_options(self.schedule, self.schedule_options)
         if self.schedule != "iterative" and not self.epochs:
             raise UsageError(f"prune.schedule = {self.schedule!r} prunes while training: prune.epochs = 0 leaves none.")
         if self.schedule != "iterative" and self.predictor != "macs":

@@ -36,9 +36,12 @@ ALLOCATIONS: dict[str, str] = {
     "per_layer": "convette.pruning.allocation.per_layer:per_layer",
     "policy_gradient": "convette.pruning.allocation.policy_gradient:policy_gradient",
     "precropping": "convette.pruning.precropping:precropping",
+    "transformable_architecture_search": (
+        "convette.pruning.transformable_architecture_search.allocation:differentiable_widths"
+    ),
     "uniform": "convette.pruning.allocation.uniform:uniform",
 }
-NEED_DATA = frozenset({"evolution", "per_layer", "policy_gradient"})
+NEED_DATA = frozenset({"evolution", "per_layer", "policy_gradient", "transformable_architecture_search"})
 # Those that need to know how the cost comes about, and so cannot spend a latency that a table predicts.
 ONLY_COUNTED = frozenset({"exact"})
 

@@ -15,11 +15,11 @@ class Gates:
     """The network as a differentiable function of its units' gates, whatever stands between makers and readers.
 
     Where nothing with a weight reads a group, what scales it last is multiplied instead. The model's own parameters are
-    not touched.
+    not touched; with `learning` gradients reach them as well.
     """
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, graph: ChannelGraph, *, learning: bool = False) -> None:
+        self.model, self.learning = model, learning
         self.tensors = tensors_of(model)
         self.members: dict[str, list[tuple[str, Member]]] = {}
         self.sizes: dict[str, int] = {}
@@ -40,7 +40,7 @@ class Gates:
         """Run the network with `gates` on `images` (a tensor, or a tuple or dict of arguments)."""
         changed = {}
         for name, members in self.members.items():
-            weight = self.tensors[name].detach()
+            weight = self.tensors[name] if self.learning else self.tensors[name].detach()
             for group, member in members:
                 weight = weight * along(gates[group].to(weight.dtype), member, weight)
             changed[name] = weight

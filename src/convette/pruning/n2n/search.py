@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from convette._progress import progress
 from convette.cost import Budget, count
 from convette.data import ImageData
-from convette.errors import StructureError, UsageError
+from convette.errors import BudgetError, StructureError, UsageError
 from convette.pruning._blocks import drop_blocks, without_blocks
+from convette.pruning._calibration import draw_calibration
 from convette.pruning._reinforce import Reinforce
-from convette.pruning.allocation._ladder import WidthRules, build_ladders
+from convette.pruning.allocation._ladder import Ladder, WidthRules, build_ladders
 from convette.pruning.allocation._search import selection_of
-from convette.pruning.criteria import score_units
+from convette.pruning.criteria import NEED_DATA, score_units
 from convette.pruning.n2n.policies import FACTORS, LayerFacts, RemovalPolicy, ShrinkPolicy, layer_states
 from convette.pruning.n2n.rewards import constrained_reward, student_reward
 from convette.pruning.precropping import initialise_again
-from convette.pruning.recovery import RECOVERY
-from convette.surgery import apply, removable, trace
+from convette.pruning.recovery import RECOVERY, recalibrate
+from convette.surgery import ChannelGraph, apply, removable, trace
 from convette.training import Distillation, TrainSettings, evaluate, train
 
 
@@ -125,7 +126,8 @@ class _Search:
         device: str | torch.device,
     ) -> None:
         self.teacher, self.data, self.settings, self.device = copy.deepcopy(teacher).eval(), data, settings, device
-        self.train_settings = train_settings or RECOVERY
+        # Students learn for a few steps only: an average over steps would mostly show where they began.
+        self.train_settings = replace(train_settings or RECOVERY, ema_decay=None)
         self.example = data.preprocessing(data.train.images(torch.tensor([0])))
         self.start = count(self.teacher, self.example)
         budget = Budget.parse(budget) if isinstance(budget, str) else budget
@@ -141,6 +143,8 @@ class _Search:
         self.order: list[Student] = []
         self.rewards: list[float] = []
         self.best: tuple[Student, nn.Module] | None = None
+        self.smallest = float(self.start.get(settings.metric))
+        self.bases: dict[tuple[str, ...], tuple[nn.Module, ChannelGraph, list[Ladder]]] = {}
 
     def run(self, removal: dict[str, Tensor] | None, shrink: dict[str, Tensor] | None) -> None:
         for policy, weights in ((self.removal, removal), (self.shrink, shrink)):
@@ -155,6 +159,11 @@ class _Search:
             gone = self.best[0].blocks if self.best is not None else ()
         if choices.shrink_epochs:
             self._shrinking(gone)
+        if self.best is None and self.budget is not None:
+            raise BudgetError(
+                f"n2n: none of {len(self.order)} students met the budget '{self.budget}'; the smallest has"
+                f" {self.smallest:,.0f} {choices.metric}. Raise shrink_epochs or the budget, or lower least."
+            )
         if self.best is None:
             raise StructureError("n2n: no student was smaller than its teacher; allow smaller factors, or more epochs.")
 
@@ -219,6 +228,7 @@ class _Search:
         blocks, factors = plan
         model = self._build(blocks, factors)
         cost, before = (float(c.get(self.settings.metric)) for c in (count(model, self.example), self.start))
+        self.smallest = min(self.smallest, cost)
         if cost >= before:
             student = Student(blocks, factors, 0.0, cost, -1.0)
         else:
@@ -234,13 +244,9 @@ class _Search:
         return student
 
     def _build(self, blocks: Sequence[str], factors: Sequence[tuple[str, float]]) -> nn.Module:
-        model = drop_blocks(copy.deepcopy(self.teacher), blocks)
         if factors:
-            graph = trace(model, self.example)
-            scores = score_units(self.settings.criterion, model, graph, None, seed=self.settings.seed)
-            wanted = dict(factors)
-            least = {group.name: min(group.size, self.settings.least) for group in graph.groups}
-            ladders = build_ladders(scores, graph, WidthRules(1, least))
+            base, graph, ladders = self._base(tuple(blocks))
+            model, wanted = copy.deepcopy(base), dict(factors)
             rungs = {
                 ladder.name: min(
                     range(len(ladder.widths)),
@@ -251,14 +257,29 @@ class _Search:
             selection = selection_of(ladders, rungs)
             if selection:
                 apply(model, graph.shrink(selection))
+        else:
+            model = drop_blocks(copy.deepcopy(self.teacher), blocks)
         if not self.settings.inherit:
             initialise_again(model, self.settings.seed)
         return model
 
-    def _taught(self, model: nn.Module) -> float:
-        if self.settings.student_epochs:
-            from dataclasses import replace
+    def _base(self, blocks: tuple[str, ...]) -> tuple[nn.Module, ChannelGraph, list[Ladder]]:
+        """Return the teacher without `blocks`, its graph and the order in which units go: the same for all its cuts."""
+        if blocks not in self.bases:
+            choices, model = self.settings, drop_blocks(copy.deepcopy(self.teacher), blocks)
+            graph, batches = trace(model, self.example), None
+            if choices.criterion in NEED_DATA:
+                batches = draw_calibration(self.data, 256, seed=choices.seed, device="cpu")
+            scores = score_units(choices.criterion, model, graph, batches, seed=choices.seed)
+            least = {group.name: min(group.size, choices.least) for group in graph.groups}
+            self.bases[blocks] = model, graph, build_ladders(scores, graph, WidthRules(1, least))
+        return self.bases[blocks]
 
+    def _taught(self, model: nn.Module) -> float:
+        if self.settings.inherit:
+            # A cut moves what batch norms see: without this a student is judged by statistics that are not its own.
+            recalibrate(model, self.data, batches=4, seed=self.settings.seed)
+        if self.settings.student_epochs:
             chosen = replace(self.train_settings, epochs=self.settings.student_epochs)
             teacher = Distillation(copy.deepcopy(self.teacher))
             train(model, self.data, chosen, methods=(teacher,), device=self.device, title="n2n student")

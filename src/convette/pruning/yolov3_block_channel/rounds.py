@@ -1,6 +1,7 @@
 """Rounds of sparse training, leaving blocks out, cutting channels and training on."""
 
 import copy
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,13 +10,14 @@ from torch import nn
 
 from convette.cost import Budget, count
 from convette.data import ImageData
-from convette.errors import BudgetError, UsageError
+from convette.errors import BudgetError, StructureError, UsageError
 from convette.pruning._blocks import drop_blocks
 from convette.pruning.recovery import RECOVERY, recover
-from convette.pruning.schedule import prune
+from convette.pruning.result import StepRecord
 from convette.pruning.settings import PruneSettings
-from convette.pruning.yolov3_block_channel.factors import SparseFactors
-from convette.training import TrainSettings, train
+from convette.pruning.yolov3_block_channel.factors import SparseFactors, branch_norms
+from convette.surgery import card_of, set_card, trace
+from convette.training import EpochRecord, TrainSettings, evaluate, train
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,17 @@ class BlockChannelSettings:
 
 @dataclass(frozen=True)
 class BlockChannelResult:
-    """The pruned network; the blocks that went and all factors, by round; MACs of the start and after each round."""
+    """The pruned network; the blocks that went and all factors, by round; MACs of the start and after each round.
+
+    `records`: one a round, with cost and accuracies on the validation split; `history`: all epochs of training.
+    """
 
     model: nn.Module
     blocks: tuple[tuple[str, ...], ...]
     factors: tuple[dict[str, float], ...]
     macs: tuple[int, ...]
+    records: tuple[StepRecord, ...] = ()
+    history: tuple[EpochRecord, ...] = ()
 
 
 def block_then_channel(
@@ -70,28 +77,37 @@ def block_then_channel(
     A round trains sparsely, leaves out the blocks with the smallest factors, folds the others, cuts channels by
     batch-norm scale (``bn_scale``; a residual stream goes by its largest member) on the way to the budget, each cost by
     the same factor a round, and trains on with the unpruned network as teacher. Raises `BudgetError` where the budget
-    cannot be reached, `UsageError` for one that is measured. Costs ``rounds * (sparse_epochs + epochs)`` epochs.
+    cannot be reached, `UsageError` for one that is measured, `StructureError` for a network without residual blocks
+    that can be left out. Costs ``rounds * (sparse_epochs + epochs)`` epochs.
     """
+    # `prune` offers this as a schedule, so it is imported when both are there.
+    from convette.pruning.schedule import prune
+
     settings = settings or BlockChannelSettings()
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     if bad := [limit for limit in budget.limits if limit.metric in ("latency", "memory")]:
         raise UsageError(f"block and channel pruning counts: {bad[0]} is for `prune`.")
     parent, network = copy.deepcopy(model).eval(), copy.deepcopy(model)
     example = data.preprocessing(data.train.images(torch.tensor([0])))
-    start = count(parent, example)
+    if settings.block_share and not branch_norms(parent, example):
+        raise no_blocks(parent)
+    start, card = count(parent, example), card_of(model)
     bounds = budget.resolve(start).limits
-    blocks, factors, macs = [], [], [start.macs]
-    base = train_settings or RECOVERY
+    blocks, factors, macs, records, history = [], [], [start.macs], [], []
+    # An average over steps has no exact zeros.
+    base = replace(train_settings or RECOVERY, ema_decay=None)
     for turn in range(1, settings.rounds + 1):
+        began = time.perf_counter()
         sparse = SparseFactors(settings.block_strength, settings.scale_strength)
-        network = train(
+        trained = train(
             network,
             data,
             replace(base, epochs=settings.sparse_epochs, seed=settings.seed + turn),
             methods=(sparse,),
             device=device,
             title=f"sparse training, round {turn}",
-        ).model
+        )
+        network = trained.model
         gone = smallest_factors(sparse.factors, settings.block_share, settings.threshold)
         drop_blocks(network, gone)
         limits = tuple(
@@ -110,13 +126,34 @@ def block_then_channel(
             network = prune(network, data, Budget(limits), choices, device=device).model
         except BudgetError as error:
             raise BudgetError(f"round {turn} of block and channel pruning: {error}") from error
-        network, _ = recover(
+        before = _accuracy(network, data, device)
+        network, epochs = recover(
             network, parent, data, settings.epochs, choices, train_settings=base, device=device, title=f"round {turn}"
         )
+        history += [*trained.history, *epochs]
         blocks.append(gone)
         factors.append(dict(sparse.factors))
-        macs.append(count(network, example).macs)
-    return BlockChannelResult(network.eval(), tuple(blocks), tuple(factors), tuple(macs))
+        cost = count(network, example)
+        macs.append(cost.macs)
+        units = sum(group.size for group in trace(network, example).groups)
+        now, seconds = _accuracy(network, data, device), time.perf_counter() - began
+        records.append(StepRecord(turn, cost, units, settings.epochs, before, now, seconds, gone))
+    set_card(network, card)  # the cuts of the rounds are one step of the history, which the caller writes
+    return BlockChannelResult(
+        network.eval(), tuple(blocks), tuple(factors), tuple(macs), tuple(records), tuple(history)
+    )
+
+
+def no_blocks(network: nn.Module) -> StructureError:
+    """Return the error for a network without blocks that can be left out."""
+    return StructureError(
+        f"block and channel pruning: {type(network).__name__} has no residual block that ends in a batch norm and can"
+        " be left out; cut channels alone (prune.schedule = 'iterative')."
+    )
+
+
+def _accuracy(network: nn.Module, data: ImageData, device: Any) -> float:
+    return float(evaluate(network, data.validation, data.preprocessing, device=device).accuracy)
 
 
 def smallest_factors(factors: dict[str, float], share: float, threshold: float) -> tuple[str, ...]:
