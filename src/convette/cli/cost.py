@@ -49,7 +49,7 @@ def cost(
     debug: o.Debug = False,
 ) -> int:
     """Count what a network costs, layer by layer and in total, and measure its latency here."""
-    from convette.pipeline.inspect import cost_of, cost_report, open_model, required_name
+    from convette.pipeline.inspect import cost_of, cost_report, file_bytes, open_model, required_name
     from convette.pipeline.latency_study import conditions_of, cuts_of, engine_report, study_of, survey_of
 
     def opened(which: str) -> Any:
@@ -79,6 +79,8 @@ def cost(
             budget=budget,
             load=next(iter(levels)).processes,
         )
+        file = file_bytes(name)
         report = found.to_json() | ({"engines": survey.to_json()} if survey else {})
-        show(report, engine_report(cost_report(found, statuses), survey))
+        report |= {"file": file} if file is not None else {}
+        show(report, engine_report(cost_report(found, statuses, file), survey))
     return 0 if all(status.met for status in statuses) else 4

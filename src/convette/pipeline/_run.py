@@ -3,7 +3,7 @@
 import random
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -82,15 +82,24 @@ class Run:
             return models.load(self.path / stage / MODEL_FILE, constructor=name if is_callable_name(name) else None)
 
     @cached_property
-    def pruning_budget(self) -> Budget | None:
-        """The budget that removing channels has to meet: bits the stage quantize takes off do not count twice."""
+    def few_bits(self) -> bool:
+        """Whether the stage quantize writes the network itself in few bits: as asked, or because a size is limited."""
         quantize = self.recipe.quantize
-        if self.budget is None or quantize.method != "low_bit" or quantize.mode == "off":
-            return self.budget
-        # A tenth for scales, biases and the ends that keep 8 bits; the bits of each layer then meet the limit itself.
-        gained = 32 / quantize.bits / 1.1
-        limits = [replace(x, value=x.value * gained) if x.metric == "size" else x for x in self.budget.limits]
-        return Budget(tuple(limits))
+        if quantize.mode == "off" or "quantize" not in self.folder.stages:
+            return False
+        metrics = {limit.metric for limit in self.budget.limits} if self.budget else set()
+        # Where a latency is limited, engines decide what is fast enough.
+        by_itself = quantize.method == "auto" and "size" in metrics and "latency" not in metrics
+        return quantize.method == "low_bit" or by_itself
+
+    @cached_property
+    def bits_tried(self) -> tuple[int, ...]:
+        """The bits a weight for which the network is pruned; none where its size is not met by bits."""
+        limited = self.budget is not None and any(limit.metric == "size" for limit in self.budget.limits)
+        if not (self.few_bits and limited):
+            return ()
+        quantize = self.recipe.quantize
+        return (quantize.bits,) if quantize.bits else quantize.tried
 
     def final_stage(self) -> str:
         """Return the last stage that changed the network."""

@@ -116,14 +116,21 @@ def noise(shape: Preprocessing, batch_size: int) -> torch.Tensor:
     return torch.randn(batch_size, shape.channels, shape.height, shape.width, generator=generator)
 
 
-def cost_report(cost: Cost, statuses: tuple[LimitStatus, ...]) -> Any:
-    """Return the cost as people read it: layers and totals, engines, the budget."""
+def file_bytes(name: str) -> int | None:
+    """Return the bytes of the file that `name` is, None where it is no file of a network."""
+    path = Path(name)
+    return path.stat().st_size if path.suffix == ".safetensors" and path.is_file() else None
+
+
+def cost_report(cost: Cost, statuses: tuple[LimitStatus, ...], file: int | None = None) -> Any:
+    """Return the cost as people read it: layers and totals, engines, the budget; `file`: bytes of its file."""
     from rich.console import Group
     from rich.table import Table
 
+    on_disk = f" (file {format_bytes(file)})" if file is not None else ""
     totals = (
         f"{format_count(cost.parameters)} parameters, {format_count(cost.macs)} MACs, "
-        f"weights {format_bytes(cost.size)}, activations at most {format_bytes(cost.memory)}"
+        f"weights {format_bytes(cost.size)}{on_disk}, activations at most {format_bytes(cost.memory)}"
     )
     parts: list[Any] = [cost.table(), totals]
     if cost.latency:

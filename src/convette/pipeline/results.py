@@ -143,8 +143,19 @@ class LimitResult(Part):
     met: bool
 
 
+class BitsTried(Part):
+    """The network pruned for so many bits a weight and rounded: on the validation split, early in its distillation."""
+
+    bits: int
+    parameters: int
+    bytes: int
+    accuracy: float
+    loss: float
+    kept: bool = False
+
+
 class CompressResult(StageResult):
-    """`compress/result.json`."""
+    """`compress/result.json`. `tried`: the bits a weight it was pruned for, where the size is met by bits too."""
 
     budget: str
     settings: dict[str, Any]
@@ -154,6 +165,7 @@ class CompressResult(StageResult):
     validation_before: Scores
     validation_after: Scores
     limits: list[LimitResult]
+    tried: list[BitsTried] = []
     file: str = "model.safetensors"
 
 
@@ -212,7 +224,10 @@ class FileCheck(Part):
 
 
 class VerifyResult(StageResult):
-    """`verify/result.json`: the one place where the test split is used."""
+    """`verify/result.json`: the one place where the test split is used.
+
+    `file_before`, `file_after`: bytes of the networks' files on disk, headers and all, where one was exported.
+    """
 
     files: list[FileCheck]
     test_before: Scores
@@ -220,6 +235,8 @@ class VerifyResult(StageResult):
     cost_before: dict[str, Any]
     cost_after: dict[str, Any]
     limits: list[LimitResult]
+    file_before: int | None = None
+    file_after: int | None = None
     predictions: str = "predictions.npz"
     mistakes: str = "mistakes.npz"
 

@@ -20,6 +20,7 @@ _LABELS: dict[str, tuple[str, Unit]] = {
     "macs": ("MACs", "count"),
     "parameters": ("Parameters", "count"),
     "size": ("Size of the weights", "bytes"),
+    "file": ("Size of the file", "bytes"),
 }
 _FORMATS = {"count": format_count, "bytes": format_bytes, "ms": format_milliseconds}
 
@@ -38,16 +39,23 @@ def summarise(run_dir: Path) -> Summary:
             after=_deployed_accuracy(run_dir, verified),
         )
     ]
-    for key in _keys(after, list(limits)):
+    figures = {key: (before.get(key), after.get(key)) for key in _keys(after, list(limits))}
+    if verified.file_before and verified.file_after:
+        place = list(figures).index("size") + 1
+        files = ("file", (verified.file_before, verified.file_after))
+        figures = dict([*list(figures.items())[:place], files, *list(figures.items())[place:]])
+    for key, values in figures.items():
         label, unit = _label(key)
-        limit = limits.get(key) or limits.get(key.replace(".p50", ""))
+        # A network in few bits has to meet a limit on size with its whole file.
+        name = {"file": "size", "size": ""}.get(key, key) if _in_few_bits(run_dir) else key
+        limit = limits.get(name) or limits.get(name.replace(".p50", ""))
         rows.append(
             Row(
                 key=key,
                 label=label,
                 unit=unit,
-                before=before.get(key),
-                after=after.get(key),
+                before=values[0],
+                after=values[1],
                 budget=limit.bound if limit else None,
                 met=limit.met if limit else None,
             )
@@ -58,6 +66,11 @@ def summarise(run_dir: Path) -> Summary:
         notes=_notes(run_dir, verified),
         use=_use(run_dir),
     )
+
+
+def _in_few_bits(run_dir: Path) -> bool:
+    quantized: QuantizationResult | None = read_result(run_dir, "quantize")
+    return quantized is not None and quantized.kept == "low_bit"
 
 
 def _deployed_accuracy(run_dir: Path, verified: VerifyResult) -> float:
@@ -107,7 +120,7 @@ def _keys(cost: Cost, limited: list[str]) -> list[str]:
     engines = list(dict.fromkeys(key.partition("@")[2] for key in limited if key.startswith("latency")))
     if not engines and cost.latency:
         engines = [min(cost.latency, key=lambda engine: cost.latency[engine].p50)]
-    keys = [*_LABELS, *(["memory"] if "memory" in limited else [])]
+    keys = [*(key for key in _LABELS if key != "file"), *(["memory"] if "memory" in limited else [])]
     for engine in engines:
         percentiles = ["p50", "p95", *(["p99"] if f"latency.p99@{engine}" in limited else [])]
         keys += [f"latency.{percentile}@{engine}" for percentile in percentiles]
@@ -134,6 +147,7 @@ def _notes(run_dir: Path, verified: VerifyResult) -> list[str]:
     quantized: QuantizationResult | None = read_result(run_dir, "quantize")
     if quantized is not None:
         notes.append(f"Precision: {quantized.reason}")
+        notes += _over_the_limit(verified, exported) if _in_few_bits(run_dir) else []
     before, after = verified.cost_before["latency"], verified.cost_after["latency"]
     notes += [
         f"Latency on {engine}: before in {before[engine]['precision']}, as it was trained, after in "
@@ -154,6 +168,20 @@ def _notes(run_dir: Path, verified: VerifyResult) -> list[str]:
             "(0: the same, 1: unrelated)."
         )
     return notes
+
+
+def _over_the_limit(verified: VerifyResult, exported: ExportResult | None) -> list[str]:
+    """Return which files for engines are larger than a limit on size, which the network's own file keeps."""
+    bound = min((limit.bound for limit in verified.limits if limit.metric == "size"), default=None)
+    if bound is None or exported is None:
+        return []
+    large = [f"{x.file} has {format_bytes(x.bytes)}" for x in exported.files[1:] if x.bytes > bound]
+    if not large:
+        return []
+    return [
+        f"The limit on size is kept by {exported.files[0].file} ({format_bytes(exported.files[0].bytes)}); "
+        f"{', '.join(large)}: a file for an engine holds the graph besides."
+    ]
 
 
 def _use(run_dir: Path) -> list[str]:

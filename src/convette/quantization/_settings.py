@@ -8,7 +8,7 @@ from convette.runtime import EngineSpec
 
 Mode = Literal["auto", "off", "on"]
 ObserverName = Literal["default", "min_max", "percentile", "mse", "entropy"]
-MethodName = Literal["int8", "low_bit"]
+MethodName = Literal["auto", "int8", "low_bit"]
 _QUANTISING = ("openvino", "onnxruntime")
 
 
@@ -22,14 +22,18 @@ class QuantizeSettings:
       0.01 is one point.
     - `calibration_images`: training images on which the ranges of the activations are taken.
     - `observer`: how the ranges of activations follow from them: ``"min_max"``, ``"percentile"``, and for ONNX Runtime
-      ``"mse"``, ``"entropy"`` too; ``"default"``: as each engine does by itself.
+      and few bits ``"mse"``, ``"entropy"`` too; ``"default"``: as each engine does by itself.
     - `engines`: where candidates are made and measured (OpenVINO, ONNX Runtime).
     - `batch_size`: images in a measured call. `time_limit`: seconds of measuring for each candidate.
     - `seed`: of the choice of calibration images.
     - `method`: ``"int8"`` as above; ``"low_bit"``: the network itself is written in few bits, packed, for its size
-      (`convette.quantization.low_bit`), whatever is faster: with weights of `bits` bits (2 to 8), inputs of
+      (`convette.quantization.low_bit`), whatever is faster: with weights of `bits` bits (2 to 8; None: 4), inputs of
       `activation_bits`, `scale_groups` scales a layer, distilled on `calibration_images` images for `block_steps` steps
-      a block and `joint_steps` together. A limit on size is then met by the bits of each layer (exact allocation).
+      a block and `joint_steps` together. ``"auto"``: ``"low_bit"`` for a budget that limits the size and no latency,
+      else ``"int8"``.
+    - `tried`: with few bits and a limit on size: the bits a weight (on average) for which the network is pruned; of
+      those, what is best on the validation split is kept (`bits`, if given, is the only one). The bits of each layer
+      then meet the limit itself (exact allocation).
 
     Raises `UsageError` for a value out of range or an unknown engine.
     """
@@ -44,8 +48,9 @@ class QuantizeSettings:
     batch_size: int = 1
     time_limit: float = 5.0
     seed: int = 0
-    method: MethodName = "int8"
-    bits: int = 4
+    method: MethodName = "auto"
+    bits: int | None = None
+    tried: tuple[int, ...] = (8, 4)
     activation_bits: int = 8
     scale_groups: int = 8
     block_steps: int = 300
@@ -72,8 +77,10 @@ class QuantizeSettings:
             )
         for name, least, most in (("bits", 2, 8), ("activation_bits", 0, 8), ("scale_groups", 1, 65_535)):
             value = getattr(self, name)
-            if not least <= value <= most or (name == "activation_bits" and value == 1):
+            if value is not None and (not least <= value <= most or (name == "activation_bits" and value == 1)):
                 raise UsageError(f"quantize.{name} = {value}: {least} to {most} can be.")
+        if not self.tried or not all(2 <= bits <= 8 for bits in self.tried):
+            raise UsageError(f"quantize.tried = {list(self.tried)}: one or more of 2 to 8 can be.")
         if not self.engines:
             raise UsageError("quantize.engines is empty; name openvino:cpu, onnxruntime:cpu or both.")
         for text in self.engines:
@@ -82,8 +89,8 @@ class QuantizeSettings:
                 raise UsageError(
                     f"quantize.engines: {text!r} cannot be used; name openvino:cpu, onnxruntime:cpu or both."
                 )
-            if spec.engine == "openvino" and self.observer in ("mse", "entropy"):
+            if spec.engine == "openvino" and self.observer in ("mse", "entropy") and self.method != "low_bit":
                 raise UsageError(
                     f"quantize.observer = {self.observer!r}: OpenVINO's quantiser has no such observer; use min_max or "
-                    "percentile, or quantize.engines = ['onnxruntime:cpu']."
+                    "percentile, or quantize.engines = ['onnxruntime:cpu'], or quantize.method = 'low_bit'."
                 )

@@ -8,28 +8,27 @@ Source: Y. Yuan, C. Chen, X. Hu, S. Peng, Towards Low-Bit Quantization of Deep N
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from convette._progress import progress
-from convette.errors import BudgetError, StructureError, UsageError
-from convette.layers.quantization import packed_bytes
+from convette.errors import BudgetError, ConvetteError, StructureError, UsageError
+from convette.layers.quantization import BinaryConv2d, pack_binary, packed_bytes
 from convette.layers.quantization.edits import calibrate, edits_to_quantize, pack_layers, quantizable
 from convette.layers.quantization.fake_quantize import ACTIVATION_BITS, WEIGHT_BITS
-from convette.quantization._blocks import Block, blocks_of, relative_error, run_block
+from convette.quantization._blocks import blocks_of, relative_error
 from convette.quantization._calibration import checked
+from convette.quantization._imitation import independent_stage, joint_stage
 from convette.quantization._settings import QuantizeSettings
-from convette.surgery import apply, fold_edits
-from convette.training import distillation_loss
+from convette.surgery import apply, file_size, fold_edits, structure_log
 
-_LOOK_EVERY = 50
-_COPIES = 4  # augmented copies of each image in stage 1
+# What a recipe's layers may have under a limit on size.
+ALL_BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class LowBitSettings:
       `ends_8_bits`.
     - `scale_groups`: scales a layer (depthwise layers always have one a channel); `assignment`: see
       `convette.layers.quantization.group_scales`.
-    - `size`: bytes the weights may take; bits are then chosen per layer from `choices` by exact allocation.
+    - `size`: bytes the file may take, header and all (of a network that `convette.save` cannot write: its tensors);
+      bits are then chosen per layer from `choices` by exact allocation.
     - `block_steps`, `joint_steps`: steps of stage 1 (for each block) and stage 2; 0: without.
     - `learning_rate` of weights and `step_rate` of scales (Adam); a tenth of both in stage 2.
     - `temperature`, `feature_weight`: of stage 2's loss. `held_out`: share of the images that only says when to stop.
@@ -79,14 +79,16 @@ class LowBitSettings:
 
 
 def settings_from(recipe: QuantizeSettings, size: int | None = None) -> LowBitSettings:
-    """Return the settings that a recipe's `[quantize]` stands for, with the weights in at most `size` bytes."""
+    """Return the settings that a recipe's `[quantize]` stands for, with a file of at most `size` bytes."""
     return LowBitSettings(
-        bits=recipe.bits,
+        bits=recipe.bits or 4,
         activation_bits=recipe.activation_bits,
         scale_groups=recipe.scale_groups,
         block_steps=recipe.block_steps,
         joint_steps=recipe.joint_steps,
+        observer="mse" if recipe.observer == "default" else recipe.observer,
         size=size,
+        choices=ALL_BITS,
         seed=recipe.seed,
     )
 
@@ -96,7 +98,8 @@ class LowBitResult:
     """A network in few bits.
 
     - `model`: the packed network, in eval mode, which `convette.save` writes and `convette.load` reads.
-    - `bits` of each layer; `size` in bytes of all its tensors; `float_size` of the folded float network's.
+    - `bits` of each layer; `size` in bytes of all its tensors, `file_size` of the file (None: it cannot be saved,
+      having no origin); `float_size` of the folded float network's tensors.
     - `block_errors`: for each block its relative error on held-out images before and after stage 1.
     - `joint_losses`: the loss of stage 2 on held-out images, before it and at every look.
     """
@@ -107,12 +110,14 @@ class LowBitResult:
     float_size: int
     block_errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     joint_losses: tuple[float, ...] = ()
+    file_size: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the model as plain JSON values."""
         return {
             "bits": dict(self.bits),
             "size": self.size,
+            "file_size": self.file_size,
             "float_size": self.float_size,
             "block_errors": {name: list(pair) for name, pair in self.block_errors.items()},
             "joint_losses": list(self.joint_losses),
@@ -131,18 +136,21 @@ def low_bit(model: nn.Module, images: Tensor, settings: LowBitSettings | None = 
 
     .. math:: L = \tau^2\, \mathrm{KL}(\mathrm{softmax}(z/\tau) \,\|\, \mathrm{softmax}(\hat z/\tau)) + \beta \sum_m L_m
 
-    Straight-through rounding, learned scales. What is kept of each stage is what does best on held-out images.
+    Straight-through rounding, learned scales. What is kept of each stage is what does best on held-out images. Binary
+    convolutions stay binary and are packed too.
 
     Args:
         images: ``k c h w`` float, preprocessed, unlabelled; 50 to 2000.
         settings: None: the defaults, 4-bit weights and 8-bit activations.
 
     Raises `DataError` for images no range can be learnt from, `BudgetError` (with the smallest size) where
-    `settings.size` cannot be met, `StructureError` where no layer can be quantised. Costs a forward and backward of
-    each block `block_steps` times and of the network `joint_steps` times.
+    `settings.size` cannot be met, `StructureError` where no layer can be quantised, `ConvetteError` for weights that
+    are not finite; `model` is the same afterwards. Costs a forward and backward of each block `block_steps` times and
+    of the network `joint_steps` times.
     """
     settings = settings or LowBitSettings()
     images = torch.from_numpy(checked([images]))
+    _refuse_broken(model)
     generator = torch.Generator().manual_seed(settings.seed)
     teacher = copy.deepcopy(model).float().cpu().eval()
     apply(teacher, *fold_edits(teacher, images[:2]))
@@ -150,9 +158,7 @@ def low_bit(model: nn.Module, images: Tensor, settings: LowBitSettings | None = 
     if not quantizable(teacher):
         raise StructureError(f"{type(model).__name__} has no convolution or linear layer that could be quantised.")
     bits = choose_bits(teacher, images, settings)
-    student = copy.deepcopy(teacher)
-    apply(student, *edits_to_quantize(student, bits, _activation_bits(teacher, settings), _groups(teacher, settings)))
-    student.eval()
+    student = rounded(teacher, bits, settings)
     calibrate(student, images, settings.observer, settings.assignment)
     order = torch.randperm(len(images), generator=generator)
     held = max(1, round(settings.held_out * len(images))) if settings.held_out else 0
@@ -160,12 +166,34 @@ def low_bit(model: nn.Module, images: Tensor, settings: LowBitSettings | None = 
     errors: dict[str, tuple[float, float]] = {}
     blocks = blocks_of(teacher, list(bits), images[:2])
     if settings.block_steps:
-        errors = _independent_stage(teacher, student, blocks, used, apart, settings, generator)
+        errors = independent_stage(teacher, student, blocks, used, apart, settings, generator)
     losses: tuple[float, ...] = ()
     if settings.joint_steps:
-        losses = _joint_stage(teacher, student, blocks, used, apart, settings, generator)
-    packed = pack_layers(student.requires_grad_(False))
-    return LowBitResult(packed, bits, _bytes(packed), _bytes(teacher), errors, losses)
+        losses = joint_stage(teacher, student, blocks, used, apart, settings, generator)
+    network = packed(student.requires_grad_(False))
+    return LowBitResult(network, bits, _bytes(network), _bytes(teacher), errors, losses, _file_bytes(network))
+
+
+def rounded(model: nn.Module, bits: Mapping[str, int], settings: LowBitSettings) -> nn.Module:
+    """Return a copy of a folded `model` with trainable quantised layers of `bits` bits, in eval mode."""
+    student = copy.deepcopy(model)
+    apply(student, *edits_to_quantize(student, bits, _activation_bits(model, settings), _groups(model, settings)))
+    return student.eval()
+
+
+def packed(model: nn.Module) -> nn.Module:
+    """Return `model` with its quantised and binary layers packed, which is what a file holds."""
+    network = pack_layers(model)
+    return pack_binary(network) if any(isinstance(layer, BinaryConv2d) for layer in network.modules()) else network
+
+
+def _refuse_broken(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ConvetteError(
+                f"{name} of {type(model).__name__} holds values that are not finite (NaN or infinity); nothing was "
+                "quantised. Go back to an earlier checkpoint."
+            )
 
 
 # Bits -----------------------------------------------------------------------------------------------------------------
@@ -185,16 +213,27 @@ def choose_bits(model: nn.Module, images: Tensor, settings: LowBitSettings) -> d
             bits[ends[0]] = bits[ends[-1]] = max(settings.bits, 8)
         return bits
     sizes = np.array([[layer_bytes(layer, bits, settings) for bits in settings.choices] for layer in layers.values()])
-    rest = _bytes(model) - sum(_bytes(layer) for layer in layers.values())
+    rest = _rest(model, settings)
     errors = sensitivities(model, images[:64], settings)
     chosen = allocate(errors, sizes, settings.size - rest)
     if chosen is None:
         least = int(sizes.min(1).sum()) + rest
         raise BudgetError(
-            f"low-bit: {settings.size:,} bytes cannot be met: with {min(settings.choices)} bits the weights take "
+            f"low-bit: {settings.size:,} bytes cannot be met: with {min(settings.choices)} bits the network takes "
             f"{least:,} bytes at the least. Raise the limit, or prune first."
         )
     return {name: settings.choices[index] for name, index in zip(layers, chosen, strict=True)}
+
+
+def _rest(model: nn.Module, settings: LowBitSettings) -> int:
+    """Return the bytes of a packed `model` besides its quantised layers: other tensors, and the header of its file."""
+    layers = quantizable(model)
+    bits = {name: settings.choices[number % len(settings.choices)] for number, name in enumerate(layers)}
+    network = packed(rounded(model, bits, settings))
+    rest = _bytes(network) - sum(layer_bytes(layer, bits[name], settings) for name, layer in layers.items())
+    on_disk = _file_bytes(network)
+    # The header is compressed: other bits in the same places may take some bytes more.
+    return rest if on_disk is None else rest + on_disk - _bytes(network) + 32 + 2 * len(layers)
 
 
 def allocate(errors: np.ndarray, sizes: np.ndarray, limit: float | int) -> list[int] | None:
@@ -278,158 +317,8 @@ def _bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
-# Stages ---------------------------------------------------------------------------------------------------------------
-
-
-def _independent_stage(
-    teacher: nn.Module,
-    student: nn.Module,
-    blocks: Sequence[Block],
-    used: Tensor,
-    apart: Tensor,
-    settings: LowBitSettings,
-    generator: torch.Generator,
-) -> dict[str, tuple[float, float]]:
-    """Train each block of `student` alone to imitate the teacher's on the teacher's activations."""
-    errors = {}
-    shown = torch.cat([_moved(used, settings, generator) for _ in range(max(1, min(_COPIES, 512 // len(used))))])
-    with progress("low-bit: blocks", len(blocks), "block") as advance:
-        for block in blocks:
-            inputs, targets = run_block(teacher, block.name, shown)
-            held_inputs, held_targets = run_block(teacher, block.name, apart)
-            module = student.get_submodule(block.name)
-
-            def loss(chosen: Tensor, module: Any = module, inputs: Any = inputs, targets: Any = targets) -> Tensor:
-                return relative_error(module(inputs[chosen]), targets[chosen])
-
-            def judged(module: Any = module, inputs: Any = held_inputs, targets: Any = held_targets) -> float:
-                return float(relative_error(module(inputs), targets))
-
-            looks = _optimise(module, loss, judged, len(inputs), settings.block_steps, 1.0, settings, generator)
-            errors[block.name] = (looks[0], min(looks))
-            advance(detail=block.name)
-    return errors
-
-
-def _joint_stage(
-    teacher: nn.Module,
-    student: nn.Module,
-    blocks: Sequence[Block],
-    used: Tensor,
-    apart: Tensor,
-    settings: LowBitSettings,
-    generator: torch.Generator,
-) -> tuple[float, ...]:
-    """Train all of `student` together on the teacher's outputs and, less and less, its features."""
-    names = [block.name for block in blocks]
-    steps, done = settings.joint_steps, 0
-
-    def loss(chosen: Tensor) -> Tensor:
-        nonlocal done
-        images = _moved(used[chosen], settings, generator)
-        weight = float(settings.feature_weight) * max(0.0, 1 - done / steps)
-        done += 1
-        return _joint_loss(teacher, student, names, images, settings, weight)
-
-    def judged() -> float:
-        return float(_joint_loss(teacher, student, names, apart, settings, 0.0))
-
-    with progress("low-bit: joint", steps, "step") as advance:
-        looks = _optimise(student, loss, judged, len(used), steps, 0.1, settings, generator, advance)
-    return tuple(looks)
-
-
-def _joint_loss(
-    teacher: nn.Module, student: nn.Module, names: Sequence[str], images: Tensor, settings: LowBitSettings, beta: float
-) -> Tensor:
-    with _outputs(teacher, names if beta else ()) as theirs, _outputs(student, names if beta else ()) as ours:
-        with torch.no_grad():
-            expected = teacher(images)
-        found = student(images)
-    if found.ndim == 2:
-        total = distillation_loss(found, expected, settings.temperature)
-    else:
-        total = relative_error(found, expected)
-    for name in names if beta else ():
-        total = total + beta * relative_error(ours[name], theirs[name]) / len(names)
-    return total
-
-
-class _outputs:
-    """The outputs of named modules while the network runs."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self._model, self._names = model, names
-
-    def __enter__(self) -> dict[str, Any]:
-        kept: dict[str, Any] = {}
-        self._handles = [
-            self._model.get_submodule(name).register_forward_hook(
-                lambda module, inputs, output, name=name: kept.__setitem__(name, output)
-            )
-            for name in self._names
-        ]
-        return kept
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def _optimise(
-    module: nn.Module,
-    loss: Callable[[Tensor], Tensor],
-    judged: Callable[[], float],
-    count: int,
-    steps: int,
-    factor: float,
-    settings: LowBitSettings,
-    generator: torch.Generator,
-    advance: Callable[..., None] = lambda *_, **__: None,
-) -> list[float]:
-    """Adam on weights and steps of `module`, cosine to 0; keeps what `judged` likes best, the start included."""
-    scales, weights = [], []
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(True)
-        (scales if name.endswith("log_scale") else weights).append(parameter)
-    optimizer = torch.optim.Adam(
-        [
-            {"params": weights, "lr": factor * settings.learning_rate},
-            {"params": scales, "lr": factor * settings.step_rate},
-        ]
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with torch.no_grad():
-        looks = [judged()]
-    best = copy.deepcopy(module.state_dict())
-    for step in range(steps):
-        chosen = torch.randint(count, (min(settings.batch_size, count),), generator=generator)
-        value = loss(chosen)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        schedule.step()
-        advance()
-        if (step + 1) % _LOOK_EVERY == 0 or step + 1 == steps:
-            with torch.no_grad():
-                looks.append(judged())
-            if looks[-1] <= min(looks[:-1]):
-                best = copy.deepcopy(module.state_dict())
-    module.load_state_dict(best)
-    for parameter in module.parameters():
-        parameter.grad = None
-    return looks
-
-
-def _moved(images: Tensor, settings: LowBitSettings, generator: torch.Generator) -> Tensor:
-    """Move each image by a few pixels at random; its border is repeated."""
-    reach = settings.shift if settings.shift is not None else round(images.shape[-2] / 16)
-    if not reach:
-        return images
-    wide = F.pad(images, (reach,) * 4, mode="replicate")
-    height, width = images.shape[-2:]
-    rows, columns = torch.randint(0, 2 * reach + 1, (2, len(images)), generator=generator).tolist()
-    return torch.stack([one[:, r : r + height, c : c + width] for one, r, c in zip(wide, rows, columns, strict=True)])
+def _file_bytes(model: nn.Module) -> int | None:
+    return None if structure_log(model).origin is None else file_size(model)
 
 
 def describe(result: LowBitResult) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convette._progress import note
 from convette.errors import ConvetteError, StructureError
 from convette.layers.quantization.deployed import quantized_layers
 from convette.layers.quantization.fake_quantize import QuantConv2d, QuantLinear
@@ -103,8 +104,9 @@ def calibrate(
 ) -> None:
     """Set the scales of all quantised layers: weights by least squared error, inputs by what `images` give there.
 
-    The inputs are those of the float network: every layer is calibrated on what it will be asked to imitate. Raises
-    `DataError` for images, or activations, no range can be learnt from; the message names the layer.
+    The inputs are those of the float network: every layer is calibrated on what it will be asked to imitate. A layer
+    whose input is zero on every image (behind dead units) keeps its range, which is as good as any there, and a note
+    says so. Raises `DataError` for activations that are not finite; the message names the layer.
     """
     layers = quantized_layers(model)
     for layer in layers.values():
@@ -112,6 +114,9 @@ def calibrate(
             layer.calibrate_weight(assignment)
     seen = _inputs(model, layers, images, batch_size)
     for name, layer in layers.items():
+        if len(seen[name]) and not seen[name].any():
+            note(f"layer {name}: its input is zero on every calibration image; its range stays as it is.")
+            continue
         try:
             layer.activation.calibrate(seen[name], observer)
         except ConvetteError as error:

@@ -3,43 +3,52 @@
 from dataclasses import replace
 from pathlib import Path
 
-from convette.cost import LimitStatus
+from convette.cost import Budget, LimitStatus, count
 from convette.layers.normalization import end_streams
 from convette.pipeline._latency import measurer
 from convette.pipeline._run import MODEL_FILE, Run, Stage
+from convette.pipeline.few_bits import prune_for_bits
 from convette.pipeline.recipe import Recipe, settings_json
 from convette.pipeline.results import CompressResult, LimitResult, PathPoint, Width
 from convette.pipeline.stages.train import epochs_of, validate
-from convette.pruning import StepRecord, prune
+from convette.pruning import PruneResult, StepRecord, prune
 from convette.training import TrainSettings
 
 
 def compress(run: Run, folder: Path) -> CompressResult:
     """Prune the trained network to the budget and write the smaller one."""
-    budget = run.pruning_budget
-    assert budget is not None
+    assert run.budget is not None
     # What the training did with a clean half of each batch, recovery does not do.
     parent = end_streams(run.network("train"))
-    result = prune(
-        parent,
-        run.data,
-        budget,
-        run.recipe.prune,
-        train_settings=recovery_settings(run.recipe.train, run.recipe.prune.epochs),
-        measure=measurer(budget, run.recipe.run.contention),
-        checkpoint_dir=run.folder.checkpoints("compress"),
-        device=run.device,
-    )
+
+    def prune_to(budget: Budget, checkpoints: Path) -> PruneResult:
+        return prune(
+            parent,
+            run.data,
+            budget,
+            run.recipe.prune,
+            train_settings=recovery_settings(run.recipe.train, run.recipe.prune.epochs),
+            measure=measurer(budget, run.recipe.run.contention),
+            checkpoint_dir=checkpoints,
+            device=run.device,
+        )
+
+    tried = []
+    if run.bits_tried:
+        result, tried = prune_for_bits(run, count(parent, run.example), prune_to)
+    else:
+        result = prune_to(run.budget, run.folder.checkpoints("compress"))
     run.save(result.model, folder / MODEL_FILE)
     return CompressResult(
-        budget=str(budget),
+        budget=str(run.budget),
         settings=settings_json(run.recipe.prune),
-        path=[path_point(record, budget.engines) for record in result.steps],
+        path=[path_point(record, run.budget.engines) for record in result.steps],
         widths=[Width(layer=layer, before=before, after=after) for layer, (before, after) in result.widths.items()],
         recovery=epochs_of(result.recovery),
         validation_before=validate(run, parent),
         validation_after=validate(run, result.model),
         limits=[limit_result(status) for status in result.statuses],
+        tried=tried,
     )
 
 

@@ -13,6 +13,7 @@ from convette.data import ImageData
 from convette.pipeline._latency import measurer
 from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.conversion import convert_network
+from convette.pipeline.few_bits import float_budget
 from convette.pipeline.recipe import ModelSection
 from convette.pipeline.results import ModelResult
 
@@ -83,10 +84,14 @@ def put_card(model: nn.Module, data: ImageData, *, keep_normalisation: bool) -> 
 def _check_budget(run: Run, model: nn.Module, data: ImageData) -> Cost | None:
     from convette.pruning import check_budget
 
-    if run.pruning_budget is None:
+    budget = run.budget
+    if budget is None:
         return None
-    measure = measurer(run.pruning_budget, run.recipe.run.contention)
-    return check_budget(model, data, run.pruning_budget, run.recipe.prune, measure=measure)
+    if run.bits_tried:
+        example = data.preprocessing(data.train.images([0]))
+        budget = float_budget(budget, min(run.bits_tried), count(model, example))
+    measure = measurer(budget, run.recipe.run.contention)
+    return check_budget(model, data, budget, run.recipe.prune, measure=measure)
 
 
 STAGE = Stage("model", choose_model)

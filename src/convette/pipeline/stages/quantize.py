@@ -2,22 +2,21 @@
 
 from pathlib import Path
 
-import torch
-
 from convette._progress import note
 from convette.cost import count
 from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.conversion import deployed
+from convette.pipeline.few_bits import images_of, rounded, tried_text
 from convette.pipeline.recipe import Recipe
-from convette.pipeline.results import Candidate, QuantizationResult
-from convette.quantization import low_bit, quantize
-from convette.quantization.low_bit_limited_data import describe, settings_from
+from convette.pipeline.results import Candidate, CompressResult, QuantizationResult, read_result
+from convette.quantization import quantize
+from convette.quantization.low_bit_limited_data import describe
 from convette.training import evaluate
 
 
 def quantize_network(run: Run, folder: Path) -> QuantizationResult:
     """Measure the precisions on the engines and keep the int8 file if it is faster and accurate enough."""
-    if run.recipe.quantize.method == "low_bit":
+    if run.few_bits:
         return low_bit_network(run, folder)
     model, _ = deployed(run.network(run.final_stage()), run.example)
     result = quantize(model, run.data, run.recipe.quantize, out=folder)
@@ -46,33 +45,23 @@ def quantize_network(run: Run, folder: Path) -> QuantizationResult:
 
 def low_bit_network(run: Run, folder: Path) -> QuantizationResult:
     """Write the network in few bits, distilled on a few training images, within the budget's size if it has one."""
-    parent, recipe = run.network(run.final_stage()), run.recipe.quantize
-    generator = torch.Generator().manual_seed(recipe.seed)
-    chosen = torch.randperm(len(run.data.train), generator=generator)[: recipe.calibration_images]
-    images = run.data.preprocessing(run.data.train.images(chosen))
-    result = low_bit(parent, images, settings_from(recipe, size_limit(run)))
+    parent = run.network(run.final_stage())
+    result = rounded(run, parent, images_of(run), count(run.network("train"), run.example))
     before, after = (
         evaluate(network, run.data.validation, run.data.preprocessing).accuracy for network in (parent, result.model)
     )
     run.save(result.model, folder / MODEL_FILE)
+    compressed: CompressResult | None = read_result(run.path, "compress")
     reason = (
         f"{describe(result)}; {100 * after:.2f} % right on the validation split, {100 * before:.2f} % before, "
-        f"distilled on {len(images)} images"
+        f"distilled on {run.recipe.quantize.calibration_images} images."
+        f"{tried_text(compressed.tried) if compressed else ''}"
     )
     note(f"quantize: {reason}")
     widths = sorted(set(result.bits.values()))
     return QuantizationResult(
-        candidates=[], failures=[], kept="low_bit", precision=f"int{widths[0]}", reason=f"{reason}.", file=None
+        candidates=[], failures=[], kept="low_bit", precision=f"int{widths[0]}", reason=reason, file=None
     )
-
-
-def size_limit(run: Run) -> int | None:
-    """Return the bytes the budget allows, None where it does not say."""
-    limits = [limit for limit in run.budget.limits if limit.metric == "size"] if run.budget else []
-    if not limits:
-        return None
-    start = count(run.network("train"), run.example).size
-    return min(int(limit.value * start if limit.relative else limit.value) for limit in limits)
 
 
 def _left_out(recipe: Recipe) -> str | None:

@@ -12,7 +12,7 @@ from convette._progress import note
 from convette.cost import Cost, count
 from convette.errors import ConvetteError
 from convette.pipeline._latency import measure_both, samples_for
-from convette.pipeline._run import Run, Stage
+from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.results import ExportedFile, ExportResult, FileCheck, VerifyResult, read_result
 from convette.pipeline.stages.compress import limit_result
 from convette.pipeline.stages.train import scores_of
@@ -54,7 +54,13 @@ def verify_run(run: Run, folder: Path) -> VerifyResult:
         cost_before=cost_before.to_json(),
         cost_after=cost_after.to_json(),
         limits=limits,
+        file_before=_file_bytes(run, "train") if files else None,
+        file_after=_file_bytes(run, "export") if files else None,
     )
+
+
+def _file_bytes(run: Run, stage: str) -> int:
+    return (run.path / stage / MODEL_FILE).stat().st_size
 
 
 def _checking_engines(run: Run, file: ExportedFile) -> list[str]:
@@ -113,6 +119,9 @@ def _int8(run: Run, files: list[ExportedFile]) -> dict[str, Path]:
 
 def _limits(run: Run, before: Cost, after: Cost) -> list:
     assert run.budget is not None
+    if run.few_bits and run.folder.finished("export"):
+        # Then the limit is for all that lies on the disk.
+        after = replace(after, size=_file_bytes(run, "export"))
     known = [limit for limit in run.budget.limits if limit.metric != "latency" or limit.engine in after.latency]
     budget = replace(run.budget, limits=tuple(known))
     return [limit_result(status) for status in budget.resolve(before).check(after)]
