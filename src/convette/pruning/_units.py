@@ -42,6 +42,23 @@ def weight_members(group: Group, role: str, tensors: Mapping[str, Tensor]) -> li
     return weights or members
 
 
+def check_finite(model: nn.Module) -> None:
+    """Raise `StructureError` naming the first parameter, or statistic of a batch norm, that holds NaN or infinity."""
+    statistics = {n: b for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))}
+    for name, tensor in {**dict(model.named_parameters()), **statistics}.items():
+        bad = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+        if bad:
+            raise StructureError(
+                f"prune: {bad} of the {tensor.numel()} values of {name} are not finite: this network cannot be pruned."
+                " Take a checkpoint from before they broke, or train again with a lower learning rate or in fp32."
+            )
+
+
+def flat_groups(scores: Mapping[str, Tensor]) -> list[str]:
+    """Return the groups whose units are all worth the same, to the last bit."""
+    return [name for name, score in scores.items() if len(score) > 1 and bool((score == score[0]).all())]
+
+
 def finite_scores(scores: Mapping[str, Tensor], criterion: str, graph: ChannelGraph) -> dict[str, Tensor]:
     """Return `scores` on the CPU in float32, each of the group's size.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.cost import Limit, WidthCost
-from convette.errors import UsageError
+from convette.errors import StructureError, UsageError
 from convette.pruning._units import Scores, finite_scores
 from convette.pruning.allocation._ladder import Ladder, WidthRules, build_ladders
 from convette.pruning.allocation._search import (
@@ -106,6 +106,11 @@ def _fisher(
         loss = torch.zeros(())
         for logits in _heads(model(images)):
             logp = functional.log_softmax(logits.float() / temperature, dim=1)
+            if not torch.isfinite(logp).all():
+                raise StructureError(
+                    "criterion information_gain: the network's outputs are not finite; look for the step that broke its"
+                    " weights, or score with calibration images it can handle."
+                )
             drawn = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).to(logp.device)
             loss = loss + logp.gather(1, drawn).sum().cpu()
         used = [module for module in modules if module in factors]

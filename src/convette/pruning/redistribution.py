@@ -37,7 +37,7 @@ def redistribute(
     sequential: bool = False,
     constant: bool = True,
     spatial: str = "auto",
-    ridge: float = 1e-5,
+    ridge: float | int | None = 1e-5,
     rows: int = 4096,
 ) -> tuple[Repair, ...]:
     r"""Rewrite, in place, the weights that read dropped units, so that what stays stands in for what goes.
@@ -47,9 +47,10 @@ def redistribute(
 
     for every convolution and linear layer (and attention's output projection) that reads a unit which is not in
     `selection`; S are the inputs that stay, x what the layer reads in the network as it is, y what it reads in the
-    network at work, :math:`\lambda` = `ridge` times the mean second moment of y. The weights of dropped units become 0:
-    call this before the cut, with the selection that will be cut. On the calibration data it is never worse than plain
-    deletion, and exact where the dropped inputs are linear combinations of others.
+    network at work, :math:`\lambda` = `ridge` times the mean second moment of y (None, as `prune` has it: 4 over the
+    number of images, so that less moves the less they can say). The weights of dropped units become 0: call this before
+    the cut, with the selection that will be cut. On the calibration data it is never worse than plain deletion, and
+    exact, but for the ridge, where the dropped inputs are linear combinations of others.
 
     - `sequential`: layer by layer in the order in which they run, y read behind the layers repaired so far: each layer
       makes good for what came before, at the price of two partial runs a layer. By default y = x and one run does all.
@@ -66,6 +67,7 @@ def redistribute(
         raise UsageError(f"redistribution: spatial={spatial!r} is none of 'auto', 'patches', 'channels'.")
     graph.check(selection)
     batches = batches_of(calibration, "redistribution")
+    ridge = float(4 / sum(len(labels) for _, labels in batches) if ridge is None else ridge)
     work = _layers(model, graph, selection, spatial)
     readers = {layer.parameter: [layer.reader] for layer in work}
     by_name = {layer.parameter: layer for layer in work}

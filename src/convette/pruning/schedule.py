@@ -10,6 +10,7 @@ from convette.cost import Budget, Cost
 from convette.data import ImageData
 from convette.pruning._measured import Measure, measure_latencies
 from convette.pruning._run import prepare_run
+from convette.pruning._units import check_finite
 from convette.pruning.criteria import NEED_DATA
 from convette.pruning.frameworks import FRAMEWORKS, check_framework
 from convette.pruning.result import PruneResult
@@ -54,9 +55,11 @@ def prune(
 
     Under torchrun rank 0 decides what goes, all ranks cut alike. Costs, per step: scoring, some hundred cost
     predictions, the epochs. Raises `BudgetError` (with the smallest cost that can be reached, before anything is
-    trained) and `UsageError` (data missing for the choices made, a checkpoint of another run).
+    trained), `UsageError` (data missing for the choices made, a checkpoint of another run) and `StructureError` (weights
+    or scores that are not finite).
     """
     start_distributed(device)
+    check_finite(model)
     run = prepare_run(
         model,
         data,

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convette.errors import DataError
+from convette.errors import DataError, StructureError
+from convette.layers._watching import in_eval
 from convette.tasks import calibration_error, confusion_matrix
 from convette.training._fabric import resolve_device
 
@@ -47,15 +48,12 @@ def evaluate(
     """
     target = resolve_device(device)
     home = next((parameter.device for parameter in model.parameters()), target)
-    modes = [(module, module.training) for module in model.modules()]
-    model.to(target).eval()
+    model.to(target)
     try:
-        with torch.no_grad():
+        with in_eval(model), torch.no_grad():
             return _evaluate(lambda images: model(images.to(target)), split, preprocessing, batch_size, target)
     finally:
         model.to(home)
-        for module, mode in modes:
-            module.training = mode
 
 
 def evaluate_runner(
@@ -85,8 +83,13 @@ def _evaluate(
 
 
 def summarise(logits: Float[Tensor, "n k"], labels: Int64[Tensor, " n"]) -> Evaluation:
-    """Return the `Evaluation` of `logits` against `labels`."""
+    """Return the `Evaluation` of `logits` against `labels`; `StructureError` for outputs that are no numbers."""
     probabilities = logits.softmax(1)
+    if bad := int(probabilities.isnan().any(1).sum()):
+        raise StructureError(
+            f"evaluate: the outputs of {bad} of {len(logits)} images are not finite; look for weights, statistics or"
+            " inputs that are not (the training that broke them, a precision that is too short)."
+        )
     predictions = probabilities.argmax(1)
     return Evaluation(
         loss=float(functional.cross_entropy(logits, labels)),
@@ -129,24 +132,21 @@ def recalibrate_batch_norm(
     if not norms or len(split) == 0:
         return model
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
-    # Only the norms train: dropout and stochastic depth would bias the statistics.
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean
-        norm.train()
     try:
-        # One image on a 1x1 map has no variance, so a small rest is left out.
-        whole = len(split) >= batch_size
-        for number, batch in enumerate(split.batches(batch_size, shuffle=True, seed=seed, drop_last=whole)):
-            if number >= batches:
-                break
-            model(preprocessing(batch.images.to(device)))
+        with in_eval(model):
+            # Only the norms train: dropout and stochastic depth would bias the statistics.
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain mean
+                norm.train()
+            # One image on a 1x1 map has no variance, so a small rest is left out.
+            whole = len(split) >= batch_size
+            for number, batch in enumerate(split.batches(batch_size, shuffle=True, seed=seed, drop_last=whole)):
+                if number >= batches:
+                    break
+                model(preprocessing(batch.images.to(device)))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
     return model

@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from convette._progress import note
 from convette.errors import UsageError, did_you_mean
+from convette.pruning._units import flat_groups
 from convette.pruning.criteria.activation_mean import activation_mean
 from convette.pruning.criteria.activation_rank import activation_rank
 from convette.pruning.criteria.apoz import apoz
@@ -138,7 +140,8 @@ def score_units(
     """Score the units of `graph` by the criterion called `name`, with its own `options`.
 
     `seed` goes to the criteria that draw numbers. Raises `UsageError` for an unknown name or option, or where the
-    criterion needs data and `calibration` is None; `StructureError` for a score that is not finite.
+    criterion needs data and `calibration` is None; `StructureError` for a score that is not finite. Where all units of
+    a group are worth the same a note says so: the first ones stay then.
     """
     criterion = find_criterion(name)
     check_options(name, options or {})
@@ -146,7 +149,15 @@ def score_units(
     arguments = dict(options or {})
     if "seed" in known:
         arguments.setdefault("seed", seed)
-    return criterion(model, graph, calibration, **arguments)
+    scores = criterion(model, graph, calibration, **arguments)
+    if flat := flat_groups(scores):
+        named = ", ".join(flat[:3]) + (f" and {len(flat) - 3} more" if len(flat) > 3 else "")
+        note(
+            f"criterion {name}: all units of {named} are worth the same, so which of them stay is no choice (the first"
+            " do): dead weights, constant activations or too little calibration data; another criterion may tell them"
+            " apart"
+        )
+    return scores
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
