@@ -9,31 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from convette.errors import UsageError, did_you_mean
+from convette.layers._watching import hooked, in_eval
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Put `model` into eval mode; on leaving, every module's mode and the random state are as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = [device] if device.type == "cuda" else []
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def hooked(handles: list[Any]) -> Iterator[None]:
-    """Remove all `handles` on leaving."""
-    try:
+    with in_eval(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from convette._progress import note
 from convette.errors import UsageError
+from convette.layers._watching import in_eval
 
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 # A stem's pool comes after at most this many convolutions (deep stems have three); later pools end a stage.
@@ -35,13 +36,8 @@ def _calls(model: nn.Module, on_call: Callable[[str, nn.Module], None]) -> Itera
 
 def _run(model: nn.Module, example: Tensor) -> None:
     """One forward in eval mode without gradients; modes are put back."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_eval(model), torch.no_grad():
+        model(example)
 
 
 def first_convolution(model: nn.Module, example: Tensor) -> str | None:

@@ -19,6 +19,7 @@ from convette._progress import note
 from convette.cost import count
 from convette.data import ImageData
 from convette.errors import StructureError, UsageError
+from convette.layers._watching import in_eval, keeping_gradients
 from convette.layers.quantization import BinaryConv2d, BinaryLinear
 from convette.layers.quantization.binary_networks import padded, sign
 from convette.pruning._units import finite_scores
@@ -180,11 +181,9 @@ def learn_gates(
     """
     generator = torch.Generator().manual_seed(seed)
     scores = {name: (0.1 * torch.rand(graph[name].size, generator=generator)).requires_grad_() for name in groups}
-    modes = {module: module.training for module in model.modules()}
-    needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
     optimizer = torch.optim.Adam(list(scores.values()), learning_rate)
-    model.eval().requires_grad_(False)
-    try:
+    with in_eval(model), keeping_gradients(model.parameters()):
+        model.requires_grad_(False)
         for epoch in range(epochs):
             for images, labels in batches(epoch):
                 with gated(model, graph, {name: gate(score) for name, score in scores.items()}):
@@ -200,11 +199,6 @@ def learn_gates(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    finally:
-        for module, flag in modes.items():
-            module.training = flag
-        for parameter, flag in needed.items():
-            parameter.requires_grad_(flag)
     return {name: score.detach() for name, score in scores.items()}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convette.data import ImageData
+from convette.layers._watching import hooked, in_eval
 from convette.pruning.in_place_distillation import InPlaceDistillation
 from convette.pruning.settings import PruneSettings
 from convette.training import Distillation, Method, TrainSettings, recalibrate_batch_norm, train
@@ -85,14 +86,7 @@ def stage_outputs(network: nn.Module, example: Tensor) -> dict[tuple[int, int], 
             found[int(output.shape[2]), int(output.shape[3])] = name
 
     handles = [module.register_forward_hook(note) for module in network.modules()]
-    training = {module: module.training for module in network.modules()}
     device = next(network.parameters()).device
-    try:
-        network.eval()
+    with hooked(handles), in_eval(network):
         network(example.to(device))
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        for handle in handles:
-            handle.remove()
     return found

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from convette._typing import Images
 from convette.errors import ConvetteError, UsageError
+from convette.layers._watching import in_eval
 from convette.runtime._export import existing, read_export_metadata
 from convette.runtime.engines import ENGINES, EngineSpec, prepare
 
@@ -137,14 +138,8 @@ def _default_engine(path: Path) -> EngineSpec:
 def _outputs_of_model(model: nn.Module, images: Tensor, batch_size: int) -> np.ndarray:
     parameter = next(model.parameters(), None)
     device = images.device if parameter is None else parameter.device
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            parts = [model(part.to(device)).float().cpu() for part in images.split(batch_size)]
-    finally:
-        for module, was in training.items():
-            module.training = was
+    with in_eval(model), torch.no_grad():
+        parts = [model(part.to(device)).float().cpu() for part in images.split(batch_size)]
     return torch.cat(parts).numpy()
 
 

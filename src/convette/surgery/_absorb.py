@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import nn
 
 from convette.errors import ConvetteError, FileFormatError, StructureError
+from convette.layers._watching import hooked
 from convette.surgery._dataflow import dataflow
 from convette.surgery._edits import Change, find_module
 from convette.surgery._placing import place
@@ -93,9 +94,6 @@ def _runs_once(model: nn.Module, name: str, example: Any) -> bool:
         runs += 1
 
     handle = find_module(model, name).register_forward_hook(note)
-    try:
-        with evaluating(model):
-            call(model, example)
-    finally:
-        handle.remove()
+    with hooked([handle]), evaluating(model):
+        call(model, example)
     return runs == 1

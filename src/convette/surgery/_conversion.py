@@ -12,6 +12,7 @@ from torch import nn
 from convette.errors import ConvetteError, StructureError, UsageError, did_you_mean
 from convette.layers import find_layer, is_layer, is_placing
 from convette.layers._stages import stages
+from convette.layers._watching import hooked
 from convette.surgery._append import Append
 from convette.surgery._apply import StructureChange, apply
 from convette.surgery._constructing import _tupled, constructor_name, is_plain, listed
@@ -237,12 +238,8 @@ class _Outputs(_Channels):
                 known[id(layer)] = output.shape[1 if output.ndim > 3 else -1]
 
         handles = [layer.register_forward_hook(note) for layer in self.model.modules()]
-        try:
-            with evaluating(self.model):
-                call(self.model, self.example)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), evaluating(self.model):
+            call(self.model, self.example)
         self.known = known
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from convette._progress import note
 from convette.errors import StructureError, did_you_mean
 from convette.layers import find_layer, is_layer
+from convette.layers._watching import hooked
 from convette.surgery._apply import StructureChange, apply
 from convette.surgery._constructing import constructor_name, from_attributes, is_plain, layer_class, listed
 from convette.surgery._convert import Convert
@@ -227,12 +228,8 @@ class _Channels:
                 known[id(layer)] = args[0].shape[1 if args[0].ndim > 3 else -1]
 
         handles = [layer.register_forward_pre_hook(note) for layer in self.model.modules()]
-        try:
-            with evaluating(self.model):
-                call(self.model, self.example)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), evaluating(self.model):
+            call(self.model, self.example)
         self.known = known
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from convette.errors import StructureError
+from convette.layers._watching import hooked
 from convette.surgery._apply import apply, relative_error
 from convette.surgery._calls import tensors_in
 from convette.surgery._dataflow import Node, dataflow
@@ -100,13 +101,9 @@ def _calls(model: nn.Module, example: Any, names: Sequence[str]) -> dict[int, li
         seen.setdefault(id(module), []).append((clone, kwargs))
 
     handles = [find_module(model, name).register_forward_pre_hook(note, with_kwargs=True) for name in names]
-    try:
-        if handles:
-            with evaluating(model):
-                call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    if handles:
+        with hooked(handles), evaluating(model):
+            call(model, example)
     return seen
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convette.errors import FileFormatError, StructureError, did_you_mean
+from convette.layers._watching import hooked
 from convette.surgery._edits import Change, find_module
 from convette.surgery._placing import like_its_place, place
 from convette.surgery._trace import call, evaluating
@@ -227,9 +228,6 @@ def _outputs_of_module(model: nn.Module, name: str, example: Any) -> list[Tensor
             seen.append(output.detach().clone())
 
     handle = find_module(model, name).register_forward_hook(note)
-    try:
-        with evaluating(model):
-            call(model, example)
-    finally:
-        handle.remove()
+    with hooked([handle]), evaluating(model):
+        call(model, example)
     return seen

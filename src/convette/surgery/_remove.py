@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from convette.errors import FileFormatError, StructureError
+from convette.layers._watching import hooked
 from convette.surgery._edits import Change, find_module
 from convette.surgery._placing import is_block, place
 from convette.surgery._trace import call, evaluating, outputs_of
@@ -103,12 +104,8 @@ def _calls(model: nn.Module, example: Any) -> dict[str, str]:
             result[name] = ""
 
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]
-    try:
-        with evaluating(model):
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), evaluating(model):
+        call(model, example)
     return result
 
 

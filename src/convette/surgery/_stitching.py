@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convette.errors import StructureError
+from convette.layers._watching import hooked
 from convette.surgery._apply import relative_error
 from convette.surgery._edits import find_module
 from convette.surgery._log import Origin, set_origin, structure_log
@@ -82,12 +83,8 @@ def _watched(model: nn.Module, at: str, example: Any) -> tuple[Tensor, list[str]
 
     handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
     handles.append(cut.register_forward_hook(leave))
-    try:
-        with evaluating(model):
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), evaluating(model):
+        call(model, example)
     if len(given) != 1 or not isinstance(given[0], Tensor):
         what = f"runs {len(given)} times" if len(given) != 1 else f"gives a {type(given[0]).__name__}"
         raise StructureError(f"a network can be cut at a module that runs once and gives one tensor; {at!r} {what}.")

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from convette._typing import Logits
 from convette.errors import UsageError
+from convette.layers._watching import in_eval
 from convette.training.events import Event, Method
 from convette.training.guards import checksums
 from convette.training.taps import FeatureTaps
@@ -128,12 +129,8 @@ class Distillation(Method):
         """Make, or make anew, the adapters whose widths do not fit."""
         state = trainer.state
         images = state.example[0]
-        modes = [(module, module.training) for module in state.model.modules()]
-        state.model.eval()
-        with torch.no_grad():
+        with in_eval(state.model), torch.no_grad():
             classes, taught = state.model(images).shape[1], self._teach(trainer, images).shape[1]
-        for module, mode in modes:
-            module.training = mode
         if classes != taught:
             raise UsageError(f"distillation: the teacher knows {taught} classes, the student {classes}.")
         for index, (ours, theirs) in enumerate(self.features.items()):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convette.errors import DataError, UsageError
+from convette.layers._watching import in_eval
 from convette.training._fabric import FabricAdapter
 from convette.training.distributed import sum_over_ranks
 from convette.training.evaluation import score
@@ -83,12 +84,8 @@ def validator(
             left -= min(left, len(labels))
 
     def validate(model: nn.Module) -> Mapping[str, float]:
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        with torch.no_grad(), fabric.autocast():
+        with in_eval(model), torch.no_grad(), fabric.autocast():
             sums = score(model, pairs(), fabric.device)
-        for module, mode in modes:
-            module.training = mode
         loss, right, count = sum_over_ranks(sums).tolist()
         return {"loss": loss / count, "accuracy": right / count}
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from convette.errors import UsageError
 from convette.layers._stages import stages
+from convette.layers._watching import hooked
 from convette.layers.normalization._residual import last_norms
 
 
@@ -61,10 +62,6 @@ def output_shapes(model: nn.Module, example: Any, names: Sequence[str]) -> dict[
         model.get_submodule(name).register_forward_hook(lambda _, __, result, name=name: note(name, result))
         for name in names
     ]
-    try:
-        with evaluating(model):
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), evaluating(model):
+        call(model, example)
     return shapes

@@ -21,6 +21,7 @@ from convette.errors import UsageError
 from convette.layers._checks import check_maps
 from convette.layers._folding import Stays
 from convette.layers._modules import replace_modules
+from convette.layers._watching import hooked, in_eval
 from convette.layers.normalization._moments import channel_moments, normalise, running_factor, track
 from convette.layers.normalization._residual import ResidualBlock, check_plain, residual_blocks
 from convette.layers.normalization.sparse_switchable_normalization import SparseSwitchNorm2d
@@ -349,16 +350,9 @@ def consistency_gap(
     hooks = [m.register_forward_pre_hook(watch(name)) for name, m in model.named_modules() if wanted(m)]
     if not hooks:
         raise UsageError("consistency_gap: the network has no normaliser to look at.")
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
+    with hooked(hooks), in_eval(model):
         model(clean)
         model(augmented)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes:
-            module.training = mode
     gaps = {}
     for name, runs in seen.items():
         half = len(runs) // 2  # a shared layer ran several times a forward

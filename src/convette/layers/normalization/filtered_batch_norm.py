@@ -13,6 +13,7 @@ from convette.errors import UsageError
 from convette.layers._checks import check_batch, check_maps
 from convette.layers._folding import Stays
 from convette.layers._modules import replace_modules
+from convette.layers._watching import hooked, in_eval
 from convette.layers.normalization._moments import (
     Moments,
     channel_moments,
@@ -323,14 +324,7 @@ def outlier_report(model: nn.Module, batches: Iterable[Tensor], threshold: float
             hooks.append(module.register_forward_pre_hook(watch(name)))
     if not hooks:
         raise UsageError("outlier_report: the network has no batch norm.")
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
+    with hooked(hooks), in_eval(model):
         for batch in batches:
             model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes:
-            module.training = mode
     return {name: float(torch.stack(parts).mean()) for name, parts in outside.items() if parts}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from convette.errors import UsageError
 from convette.layers._checks import check_maps
 from convette.layers._folding import Stays
+from convette.layers._watching import hooked, in_eval
 from convette.layers.normalization._moments import in_full
 
 Mode = Literal["signed", "adaptive"]
@@ -238,15 +239,8 @@ def skewness_report(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Sk
         ):
             collected[name] = []
             hooks.append(module.register_forward_hook(watch(name)))
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
+    with hooked(hooks), in_eval(model):
         for batch in batches:
             model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes:
-            module.training = mode
     means = {name: torch.stack(parts).mean(0).tolist() for name, parts in collected.items() if parts}
     return {name: SkewReport(before, after) for name, (before, after) in means.items()}

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from convette.errors import StructureError, UsageError
+from convette.layers._watching import in_eval, keeping_gradients
 from convette.pruning._units import tensors_of
 from convette.surgery import ChannelGraph, Group, Member
 
@@ -208,21 +209,15 @@ def _heads(module: Any, args: tuple, kwargs: dict) -> Tensor:
 @contextlib.contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
     """Put `model` into eval mode for a while; flags, ``requires_grad`` and the random state come back afterwards."""
-    training = {module: module.training for module in model.modules()}
-    needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
     fast = torch.backends.mha.get_fastpath_enabled()
     state = torch.get_rng_state()
-    model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with in_eval(model), keeping_gradients(model.parameters()):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         torch.set_rng_state(state)
-        for module, flag in training.items():
-            module.training = flag
-        for parameter, flag in needed.items():
-            parameter.requires_grad_(flag)
 
 
 def run(model: nn.Module, images: Any) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.errors import UsageError
+from convette.layers._watching import in_eval, keeping_gradients
 from convette.pruning._units import finite_scores, sum_over_units, tensors_of, weight_members
 from convette.pruning.criteria.magnitude import check_choice, normalised
 from convette.surgery import ChannelGraph, Member
@@ -67,10 +68,7 @@ def _readers(group, role: str, tensors: dict[str, Tensor]) -> list[Member]:
 def _weighted_gradients(model, calibration, names, tensors, loss):
     """Yield, for every batch, gradient times weight by parameter name, and the number of images."""
     weights = [tensors[name] for name in names]
-    needed_grad = [weight.requires_grad for weight in weights]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with in_eval(model), keeping_gradients(weights):
         for weight in weights:
             weight.requires_grad_(True)
         for images, labels in calibration or ():
@@ -81,8 +79,3 @@ def _weighted_gradients(model, calibration, names, tensors, loss):
                 for gradient, weight in zip(gradients, weights, strict=True)
             ]
             yield dict(zip(names, products, strict=True)), len(labels)
-    finally:
-        for weight, needed in zip(weights, needed_grad, strict=True):
-            weight.requires_grad_(needed)
-        for module, flag in training.items():
-            module.training = flag

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from convette.cost import Budget, WidthCost, count
 from convette.errors import BudgetError, UsageError
+from convette.layers._watching import in_eval
 from convette.pruning._distributed import decided_by_main_rank
 from convette.pruning._units import tensors_of
 from convette.pruning.allocation import WidthRules, build_ladders
@@ -153,23 +154,20 @@ class ProgressiveGradientPruning(Method):
     def _once_more(self, trainer: "Trainer") -> dict[str, Tensor]:
         """Return the L1 norms of the gradients summed over the training set at fixed weights, in eval mode."""
         state, model = trainer.state, trainer.state.model
-        flags = {module: module.training for module in model.modules()}
-        model.eval()
         model.zero_grad(set_to_none=True)
         try:
-            for number, batch in enumerate(trainer.stage.batches(max(0, state.clock.epoch - 1), 0)):
-                if self.passes is not None and number >= self.passes:
-                    break
-                state.batch = batch
-                state.images, state.targets = trainer.transform(batch)
-                trainer.forward()
-                trainer.compute_losses()
-                state.loss.backward()  # type: ignore[union-attr]
-            return self._norms(trainer)
+            with in_eval(model):
+                for number, batch in enumerate(trainer.stage.batches(max(0, state.clock.epoch - 1), 0)):
+                    if self.passes is not None and number >= self.passes:
+                        break
+                    state.batch = batch
+                    state.images, state.targets = trainer.transform(batch)
+                    trainer.forward()
+                    trainer.compute_losses()
+                    state.loss.backward()  # type: ignore[union-attr]
+                return self._norms(trainer)
         finally:
             model.zero_grad(set_to_none=True)
-            for module, flag in flags.items():
-                module.training = flag
 
     def _cut(self, trainer: "Trainer") -> None:
         assert self._graph is not None and self.epochs is not None

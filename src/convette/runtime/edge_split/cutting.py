@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from convette.errors import ConvetteError, StructureError, did_you_mean
+from convette.layers._watching import in_eval
 from convette.runtime import _vendors
 
 
@@ -61,18 +62,13 @@ def cut(model: nn.Module, example: Tensor, at: str) -> Cut:
 
 def _captured(model: nn.Module, example: Tensor) -> fx.GraphModule:
     example = torch.cat([example, example])[:2].float()
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with _vendors.quiet(), torch.no_grad():
+        with in_eval(model), _vendors.quiet(), torch.no_grad():
             batch = {0: torch.export.Dim.DYNAMIC}
             program = torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
         return program.module()  # type: ignore[return-value]
     except Exception as error:
         raise ConvetteError(f"{type(model).__name__} cannot be cut: {_vendors.one_line(error)}.") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _points(graph: fx.GraphModule) -> list[tuple[CutPoint, fx.Node]]:
