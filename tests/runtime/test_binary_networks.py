@@ -6,7 +6,7 @@ from torch import nn
 
 from convette.errors import UsageError
 from convette.layers.quantization import BinaryConv2d, PackedBinaryConv2d, pack_binary
-from convette.models import create_model, load, save
+from convette.models import birealnet, create_model, load, save
 from convette.quantization import binary_cost
 from convette.runtime import prepare
 from convette.runtime.binary_networks import XnorConv2d, kernels, numpy_kernel, packed_network
@@ -52,6 +52,11 @@ def test_bireal_networks_have_the_published_sizes(name, binary, real):
     latent = sum(m.weight.numel() for m in model.modules() if isinstance(m, BinaryConv2d))
     assert latent == binary and sum(p.numel() for p in model.parameters()) - latent == real
     assert sum(p.numel() for p in create_model(f"{name}_real", num_classes=1000).parameters()) == binary + real
+
+
+def test_another_depth_is_refused():
+    with pytest.raises(UsageError, match="18 and 34"):
+        birealnet(depth=50)
 
 
 @pytest.mark.parametrize("name", ["binary_nin_025", "binary_vgg11_025", "birealnet18_025"])

@@ -8,8 +8,7 @@ from convette.models.binary_networks import (
     BiRealNet,
     binary_nin,
     binary_vgg11,
-    birealnet18,
-    birealnet34,
+    birealnet,
 )
 from convette.models.cifar_resnet import CifarResNet, resnet8, resnet20, resnet32, resnet44, resnet56, resnet110
 from convette.models.loader import CONSTRUCTORS, MODELS, build_from_origin, create_model, load, save
@@ -47,8 +46,7 @@ __all__ = [
     "SimpleNet",
     "binary_nin",
     "binary_vgg11",
-    "birealnet18",
-    "birealnet34",
+    "birealnet",
     "build_from_origin",
     "create_model",
     "deeplabv3_mobilenet_v2",

@@ -12,12 +12,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convette._typing import Images, Logits
+from convette.errors import UsageError
 from convette.layers.quantization.binary_networks import BinaryConv2d
 from convette.models._origin import with_origin
 
 Kind = Literal["binary", "real"]
 Stem = Literal["default", "small"]
 Surrogate = Literal["approx", "ste"]
+# Depth -> single-convolution blocks of each stage.
+BIREAL_BLOCKS = {18: (4, 4, 4, 4), 34: (6, 8, 12, 6)}
 
 
 def _convolution(a: int, b: int, kernel: int, stride: int, padding: int, kind: str, **given: str | bool) -> nn.Conv2d:
@@ -183,26 +186,20 @@ def binary_vgg11(num_classes: int = 10, in_channels: int = 3, kind: Kind = "bina
 
 
 @with_origin
-def birealnet18(
+def birealnet(
     num_classes: int = 10,
     in_channels: int = 3,
+    depth: int = 18,
     stem: Stem = "default",
     kind: Kind = "binary",
     width: float = 1.0,
     surrogate: Surrogate = "approx",
 ) -> BiRealNet:
-    """Return Bi-Real-18 (arXiv 1808.00278): 10,985,472 binary weights, 704,040 real parameters with 1000 classes."""
-    return BiRealNet((4, 4, 4, 4), num_classes, in_channels, stem, kind, width, surrogate)
+    """Return the Bi-Real network (arXiv 1808.00278) of depth 18 or 34.
 
-
-@with_origin
-def birealnet34(
-    num_classes: int = 10,
-    in_channels: int = 3,
-    stem: Stem = "default",
-    kind: Kind = "binary",
-    width: float = 1.0,
-    surrogate: Surrogate = "approx",
-) -> BiRealNet:
-    """Return Bi-Real-34 (arXiv 1808.00278): 21,086,208 binary weights, 711,464 real parameters with 1000 classes."""
-    return BiRealNet((6, 8, 12, 6), num_classes, in_channels, stem, kind, width, surrogate)
+    With 1000 classes: 10,985,472 binary weights and 704,040 real parameters; 21,086,208 and 711,464. Raises
+    `UsageError` for another depth.
+    """
+    if depth not in BIREAL_BLOCKS:
+        raise UsageError(f"birealnet: no network of depth {depth}; {' and '.join(map(str, BIREAL_BLOCKS))} can be.")
+    return BiRealNet(BIREAL_BLOCKS[depth], num_classes, in_channels, stem, kind, width, surrogate)

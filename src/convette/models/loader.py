@@ -42,10 +42,17 @@ CONSTRUCTORS: dict[str, str] = {
     "quadratic_alexnet": "layer_networks",
     "binary_nin": "binary_networks",
     "binary_vgg11": "binary_networks",
-    "birealnet18": "binary_networks",
-    "birealnet34": "binary_networks",
+    "birealnet": "binary_networks",
 }
 _MODES = ("m1", "m2", "m3", "m4")
+_BINARY: dict[str, tuple[str, dict[str, Any]]] = {
+    "binary_nin": ("binary_nin", {}),
+    "binary_vgg11": ("binary_vgg11", {}),
+    "birealnet18": ("birealnet", {"depth": 18}),
+    "birealnet34": ("birealnet", {"depth": 34}),
+}
+_NARROW: dict[str, dict[str, Any]] = {"": {}, "_025": {"width": 0.25}}
+_TWINS: dict[str, dict[str, Any]] = {"": {}, "_real": {"kind": "real"}}
 # Name of a model -> its constructor and the arguments the name stands for. Published variants have names of their own.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in CONSTRUCTORS},
@@ -69,17 +76,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "quadratic_resnet20": ("quadratic_resnet", {}),
     "quadratic_resnet20_rank2": ("quadratic_resnet", {"rank": 2}),
     "poincare_resnet8_4": ("poincare_resnet", {"depth": 8, "width": 4}),
-    # The same networks without signs, and narrower ones for small work.
+    # Binary networks, the same without signs, and both of a quarter of the width for small work.
     **{
-        f"{name}_real": (name, {"kind": "real"})
-        for name in ("binary_nin", "binary_vgg11", "birealnet18", "birealnet34")
+        f"{name}{narrow}{twin}": (constructor, {**given, **_NARROW[narrow], **_TWINS[twin]})
+        for name, (constructor, given) in _BINARY.items()
+        for narrow in _NARROW
+        for twin in _TWINS
     },
-    **{
-        f"{name}_025{twin}": (name, {"width": 0.25, **({"kind": "real"} if twin else {})})
-        for name in ("binary_nin", "binary_vgg11", "birealnet18")
-        for twin in ("", "_real")
-    },
-    "birealnet18_025_ste": ("birealnet18", {"width": 0.25, "surrogate": "ste"}),
 }
 
 
