@@ -76,12 +76,13 @@ def main() -> None:
 def digits(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     data = load_data("digits")
-    figures: dict[str, list[float]] = {"unpruned": [], **{arm: [] for arm in options.arms}}
-    seconds: dict[str, list[float]] = {arm: [] for arm in options.arms}
+    chosen = [arm for arm in ARMS if arm in (options.arms or ARMS)]
+    figures: dict[str, list[float]] = {"unpruned": [], **{arm: [] for arm in chosen}}
+    seconds: dict[str, list[float]] = {arm: [] for arm in chosen}
     for seed in range(options.seeds):
         parent = trained(data, options.train_epochs, seed)
         figures["unpruned"].append(accuracy(parent, data))
-        for arm in options.arms:
+        for arm in chosen:
             began = time.perf_counter()
             choices = {**OFF, **ARMS[arm]}
             choices["epochs"] = options.epochs if choices.pop("train", False) else 0
@@ -109,7 +110,8 @@ def cifar(options: argparse.Namespace) -> None:
     for seed in range(options.seeds):
         for share in options.shares:
             for criterion in options.criteria:
-                for arm, choices in CIFAR_ARMS.items():
+                for arm in [name for name in CIFAR_ARMS if name in (options.arms or CIFAR_ARMS)]:
+                    choices = CIFAR_ARMS[arm]
                     key = f"{criterion}, {share:.0%}, {arm}, {options.steps}, {seed}"
                     if key in arms:
                         continue
@@ -227,7 +229,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train-epochs", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=5, help="of training, for the arms that train")
     parser.add_argument("--macs", type=float, default=0.4, help="share of the MACs that stays")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *CIFAR_ARMS], help="by default all")
     parser.add_argument("--data", choices=["digits", "cifar"], default="digits")
     parser.add_argument("--steps", type=int, choices=[1, 5], default=1, help="cuts, with --data cifar")
     parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=[*CRITERIA], help="with --data cifar")
