@@ -248,6 +248,7 @@ def _write_onnx(prepared: nn.Module, example: Tensor, path: Path, metadata: dict
         del part.metadata_props[:]
     if _has_integers(prepared):
         _use_int4(model)
+        _shorten(model)
     save_onnx(model, path, metadata)
 
 
@@ -279,6 +280,25 @@ def _use_int4(model: Any) -> None:
     kept = [value for value in model.graph.value_info if value.name not in changed]
     del model.graph.value_info[:]
     model.graph.value_info.extend(kept)
+
+
+def _shorten(model: Any) -> None:
+    """Leave out what no engine needs of a file that is meant to be small: long names, shapes that can be inferred."""
+    graph = model.graph
+    if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
+        return  # graphs within see the names of the outer one
+    used = {name for node in graph.node for name in node.input}
+    stored = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(stored)
+    del graph.value_info[:]
+    short = {value.name: value.name for value in (*graph.input, *graph.output)} | {"": ""}
+    for node in graph.node:
+        node.name = ""
+        for names in (node.input, node.output):
+            names[:] = [short.setdefault(name, f"{len(short):x}") for name in names]
+    for tensor in graph.initializer:
+        tensor.name = short[tensor.name]
 
 
 def _name_batch(model: Any) -> None:
