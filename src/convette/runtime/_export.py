@@ -243,8 +243,8 @@ def _write_onnx(prepared: nn.Module, example: Tensor, path: Path, metadata: dict
                 "Try OpenVINO: --to openvino."
             ) from error
     _name_batch(model)
-    for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer):
-        # Where in the Python source each operator came from: a quarter of a small file, of no use to an engine.
+    for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        # Where in the Python source each operator came from: much of a small file, of no use to an engine.
         del part.metadata_props[:]
     if _has_integers(prepared):
         _use_int4(model)
