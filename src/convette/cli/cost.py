@@ -10,7 +10,7 @@ from convette.cli._output import results
 
 def cost(
     name: Annotated[
-        str | None, typer.Argument(help="resnet20 ..., timm:NAME, torchvision:NAME or FILE.safetensors.")
+        str | None, typer.Argument(help="resnet20 ..., timm:NAME, torchvision:NAME, FILE.safetensors or a run folder.")
     ] = None,
     model: o.Model = None,
     engine: Annotated[
@@ -49,7 +49,7 @@ def cost(
     debug: o.Debug = False,
 ) -> int:
     """Count what a network costs, layer by layer and in total, and measure its latency here."""
-    from convette.pipeline.inspect import cost_of, cost_report, file_bytes, open_model, required_name
+    from convette.pipeline.inspect import cost_of, cost_report, file_bytes, open_model, required_name, shipped_files
     from convette.pipeline.latency_study import conditions_of, cuts_of, engine_report, study_of, survey_of
 
     def opened(which: str) -> Any:
@@ -67,9 +67,9 @@ def cost(
         if split:
             show(*cuts_of(network, image_size=image_size))
             return 0
-        survey = None
+        survey, load = None, next(iter(levels)).processes
         if engines is not None and not no_latency:
-            survey = survey_of(network, engines, data=data, batch_size=batch_size, image_size=image_size)
+            survey = survey_of(network, engines, data=data, batch_size=batch_size, image_size=image_size, load=load)
         measured = () if no_latency or (survey and not engine) else tuple(engine) if engine else None
         found, statuses = cost_of(
             network,
@@ -77,7 +77,8 @@ def cost(
             batch_size=batch_size,
             image_size=image_size,
             budget=budget,
-            load=next(iter(levels)).processes,
+            load=load,
+            files=shipped_files(name),
         )
         file = file_bytes(name)
         report = found.to_json() | ({"engines": survey.to_json()} if survey else {})

@@ -4,17 +4,19 @@ Everything is measured under the background load the recipe asks for (``run.cont
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from convette.runtime import ENGINES, EngineSpec, Latency, contention, measure_latency, prepare
 
-TAIL_SAMPLES = 500  # a p99 of fewer calls says little
+TAIL_SAMPLES = 2000  # of 500 calls, the five slowest decide the p99; limits are to hold when measured again
 
 
 def in_float32(engine: str) -> str:
@@ -33,7 +35,7 @@ def measure_from_start(
     networks: Mapping[str, nn.Module], example: Any, engine: str, *, load: int = 0, samples: int = 50
 ) -> dict[str, Latency]:
     """Measure `networks` on `engine`, interleaved; the one named "start" in float32. For `convette.prune`."""
-    return _measure(
+    return measure_runs(
         {name: (in_float32(engine) if name == "start" else engine, network) for name, network in networks.items()},
         example,
         load,
@@ -68,18 +70,35 @@ def measure_both(
     """
     if not engines:
         return {"before": {}, "after": {}}
-    runs: dict[str, tuple[str, Any]] = {}
+    runs: dict[str, tuple[str, nn.Module | Path]] = {}
     for engine in engines:
         runs[f"before {engine}"] = (in_float32(engine), before)
         runs[f"after {engine}"] = (engine, files.get(engine, after))
-    measured = _measure(runs, example, load, samples)
+    measured = measure_runs(runs, example, load, samples)
     return {which: {engine: measured[f"{which} {engine}"] for engine in engines} for which in ("before", "after")}
 
 
-def _measure(runs: Mapping[str, tuple[str, Any]], example: Any, load: int, samples: int) -> dict[str, Latency]:
+def threads_beside(load: int) -> int | None:
+    """Return the threads of engines beside `load` busy processes: as many as cores are free (None: no load).
+
+    At most torch's, at least one. A thread that shares its core with a busy process keeps all others waiting for whole
+    time slices, which is what a p99 is made of.
+    """
+    if load == 0:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), cores - load))
+
+
+def measure_runs(
+    runs: Mapping[str, tuple[str, nn.Module | Path]], example: Any, load: int = 0, samples: int = 50
+) -> dict[str, Latency]:
+    """Measure ``name -> (engine, network or file)`` interleaved, beside `load` busy processes (`threads_beside`)."""
+    threads = threads_beside(load)
     with contextlib.ExitStack() as stack:
         runners = {
-            name: stack.enter_context(prepare(engine, source, example)) for name, (engine, source) in runs.items()
+            name: stack.enter_context(prepare(engine, source, example, threads=threads))
+            for name, (engine, source) in runs.items()
         }
         stack.enter_context(contention(load))
         return measure_latency(runners, example, minimum_samples=samples)

@@ -1,5 +1,6 @@
 """Looking at one network outside a run: open it by name or file, find the input it takes, measure it, draw its maps."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from torch import nn
 
 from convette import data, models, surgery
 from convette._files import replacing, write_text
-from convette.cost import Budget, Cost, LimitStatus, format_bytes, format_count, format_milliseconds, status_text
-from convette.cost import measure as measure_cost
+from convette.cost import Budget, Cost, LimitStatus, count, format_bytes, format_count, format_milliseconds, status_text
 from convette.data import Preprocessing
 from convette.errors import UsageError, did_you_mean
-from convette.pipeline._latency import samples_for
-from convette.runtime import contention, missing
+from convette.pipeline._latency import measure_runs, samples_for
+from convette.pipeline._run import MODEL_FILE
+from convette.pipeline.results import RUN_FILE, ExportResult, read_result
+from convette.runtime import EngineSpec, missing
 
 CIFAR_SIDE, IMAGENET_SIDE = 32, 224
 PICTURE_SIDE = 320
@@ -31,10 +33,36 @@ def open_model(
     in_channels: int | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Return the network `name` (a name or a convette file) in eval mode; see `convette.create_model`."""
+    """Return the network `name` in eval mode: a name, a convette file (see `convette.create_model`), a run folder."""
+    if is_run(name):
+        name = str(network_of_run(name))
     return models.create_model(
         name, num_classes=num_classes, in_channels=in_channels, pretrained=pretrained, weights=weights, seed=seed
     ).eval()
+
+
+def is_run(name: str) -> bool:
+    """Return whether `name` is a run folder."""
+    return (Path(name) / RUN_FILE).is_file()
+
+
+def network_of_run(name: str) -> Path:
+    """Return the file of the network a run has come to: exported, else cut, else trained. `UsageError` if none is."""
+    stages = ("export", "quantize", "compress", "train", "model")
+    files = [Path(name) / stage / MODEL_FILE for stage in stages]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise UsageError(f"{name}: this run has no network yet; the command that began it goes on with it.")
+    return found
+
+
+def shipped_files(name: str) -> dict[str, Path]:
+    """Return the int8 files that a run folder ships, by the engine that reads them; none for anything else."""
+    from convette.pipeline.stages.verify import READERS
+
+    exported: ExportResult | None = read_result(Path(name), "export") if is_run(name) else None
+    files = exported.files if exported else []
+    return {READERS[file.format]: Path(name) / file.file for file in files if file.precision == "int8"}
 
 
 def input_of(model: nn.Module, image_size: int | None = None) -> Preprocessing:
@@ -91,11 +119,13 @@ def cost_of(
     image_size: int | None = None,
     budget: str | None = None,
     load: int = 0,
+    files: Mapping[str, Path] | None = None,
 ) -> tuple[Cost, tuple[LimitStatus, ...]]:
     """Return the cost of a network on noise of its input's shape, and how it stands against an (absolute) `budget`.
 
     `engines`: where to measure latency, besides those the budget names; None: eager, ONNX Runtime and OpenVINO.
-    `load`: background processes meanwhile.
+    `load`: busy processes beside it, as `convette.fit` measures (``run.contention``). `files`: what to run in place of
+    the network on an engine (`shipped_files`).
     """
     limits = Budget.parse(budget).on("eager:cpu") if budget else None
     if limits and any(limit.relative for limit in limits.limits):
@@ -105,8 +135,10 @@ def cost_of(
         wanted = tuple(engine for engine in wanted if missing(engine) is None)
     wanted = tuple(dict.fromkeys([*wanted, *(limits.engines if limits else ())]))
     example = noise(input_of(model, image_size), batch_size)
-    with contention(load):
-        cost = measure_cost(model, example, wanted, minimum_samples=samples_for(limits))
+    names = [str(EngineSpec.parse(engine)) for engine in wanted]
+    runs = {engine: (engine, (files or {}).get(engine, model)) for engine in names}
+    latency = measure_runs(runs, example, load, samples_for(limits)) if runs else {}
+    cost = replace(count(model, example), latency=latency)
     return cost, limits.check(cost) if limits else ()
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from convette import data as data_room
 from convette.cost import engine_table
 from convette.errors import UsageError
+from convette.pipeline._latency import threads_beside
 from convette.pipeline.inspect import input_of, noise
 from convette.quantization import EngineSurvey, survey_engines
-from convette.runtime import Contention, prepare, study, study_table
+from convette.runtime import Contention, contention, prepare, study, study_table
 
 CALIBRATION_IMAGES, JUDGED_IMAGES = 128, 256
 
@@ -34,11 +35,12 @@ def survey_of(
     data: str | None = None,
     batch_size: int = 1,
     image_size: int | None = None,
+    load: int = 0,
 ) -> EngineSurvey:
     """Measure a network on all engines (or those named with commas) and say which to use; see `survey_engines`.
 
     `data`: a source of real images: training images for int8 to be calibrated on, validation images to compare the
-    engines' answers on. Without it both are random.
+    engines' answers on. Without it both are random. `load`: busy processes beside it.
     """
     shape = input_of(model, image_size)
     calibration: list[Tensor] | None = None
@@ -49,7 +51,9 @@ def survey_of(
         calibration = [shape(source.train.images(part)) for part in chosen.split(32)]
         judged = shape(source.validation.images(range(min(JUDGED_IMAGES, len(source.validation)))))
     names = None if engines == "all" else [name.strip() for name in engines.split(",")]
-    return survey_engines(model, noise(shape, batch_size), calibration=calibration, images=judged, engines=names)
+    example, threads = noise(shape, batch_size), threads_beside(load)
+    with contention(load):
+        return survey_engines(model, example, calibration=calibration, images=judged, engines=names, threads=threads)
 
 
 def cuts_of(model: nn.Module, *, image_size: int | None = None) -> tuple[list[dict[str, Any]], Any]:
