@@ -20,7 +20,8 @@ import time
 from typing import Literal
 
 import torch
-from _digits import accuracy, against, digits, fit, predicted, shown, write
+from _figures import against, shown, write_rows
+from _work import digits, fit, percent_right, predicted
 from torch import Tensor, nn
 
 from convette.layers.normalization import tabl
@@ -124,8 +125,8 @@ def matrices(norm: str, seed: int) -> tuple[float, float]:
     model = Scaled(model, x) if norm == "z-score" else model
     fit(model, x, labels, epochs=20, batch=32, rate=0.005, seed=seed, adam=True, decay=0.0)
     return (
-        accuracy(model, shifted(test.squeeze(1), 1.0, g), truth),
-        accuracy(model, shifted(test.squeeze(1), 2.0, g), truth),
+        percent_right(model, shifted(test.squeeze(1), 1.0, g), truth),
+        percent_right(model, shifted(test.squeeze(1), 2.0, g), truth),
     )
 
 
@@ -148,7 +149,7 @@ def main() -> None:
         f"{gain(images, 'z-score')} against z-scores, {gain(images, 'batch norm')} against batch norm."
     )
     columns = ["books, like training: F1", "books, other scale: F1", "digits, like training: %", "digits, doubled: %"]
-    write("bilinear-normalization", started, summary, columns, rows, books=books, digits=images)
+    write_rows("bilinear-normalization", started, summary, columns, rows, books=books, digits=images)
 
 
 if __name__ == "__main__":

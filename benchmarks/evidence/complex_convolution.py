@@ -10,12 +10,12 @@ phase cannot change them); cv_cnn, whitened (CReLU, whitening batch norm, which 
 cv_cnn over cnn on the mean; on images differences within a point.
 """
 
-import argparse
 import math
 import time
 
 import torch
-from _layers import Figures, accuracy, over_seeds, told, train, write
+from _figures import Figures, told, write_runs
+from _work import accuracy, all_digits, options, over_seeds, train
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,15 +39,9 @@ def spectra(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    seeds = parser.parse_args().seeds
-    torch.set_num_threads(1)
+    seeds = options(__doc__).seeds
     started = time.monotonic()
-    from sklearn.datasets import load_digits
-
-    loaded = load_digits()
-    images, labels = torch.tensor(loaded.images, dtype=torch.float32)[:, None] / 16, torch.tensor(loaded.target)
+    images, labels = all_digits()
     generator = torch.Generator().manual_seed(0)
     sets = {"spectra": spectra(images, generator), "images": images * 2 - 1}
     found: dict[str, list[Figures]] = {}
@@ -76,7 +70,7 @@ def main() -> None:
         f" {told(found, 'images: cv_cnn', 'images: cnn_x2', 'accuracy')}"
     )
     settings = {"train": TRAIN, "epochs": EPOCHS, "widths": WIDTHS}
-    write("complex-convolution", summary, found, started, shares=("accuracy",), settings=settings)
+    write_runs("complex-convolution", summary, found, started, shares=("accuracy",), settings=settings)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ same with cross-connections; 5 epochs. Expected: cross-connections at least .3 p
 independent paths, at least level with the wide one; mean routes of digits and clothes that differ by more than .05.
 """
 
-import argparse
 import time
-from pathlib import Path
 
 import torch
-from _layers import Figures, accuracy, images_of, load, over_seeds, told, train, write
+from _figures import Figures, told, write_runs
+from _work import accuracy, all_digits, images_of, load, options, over_seeds, train
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -34,16 +33,10 @@ def network(width: int = 12) -> CifarResNet:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = options(__doc__, shared=True)
     started = time.monotonic()
-    from sklearn.datasets import load_digits
-
-    loaded = load_digits()
-    ink, numbers = sized(torch.tensor(loaded.images, dtype=torch.float32)[:, None] / 16), torch.tensor(loaded.target)
+    ink, numbers = all_digits()
+    ink = sized(ink)
     fashion = load("fashion-mnist", arguments.shared)
     clothes, kinds = images_of(fashion, "train", CLOTHES)
     clothes_test, kinds_test = images_of(fashion, "test", CLOTHES_TEST)
@@ -78,7 +71,7 @@ def main() -> None:
     )
     settings = {"side": SIDE, "digits": DIGITS, "clothes": CLOTHES, "epochs": EPOCHS}
     shares = ("accuracy", "digits alone")
-    write("cross-connections", summary, found, started, shares=shares, settings=settings)
+    write_runs("cross-connections", summary, found, started, shares=shares, settings=settings)
 
 
 if __name__ == "__main__":

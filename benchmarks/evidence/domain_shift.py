@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from _digits import RESULTS, accuracy, against, digits, fit, shown, write
+from _figures import RESULTS, against, shown, write_rows
+from _work import digits, fit, percent_right
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -100,7 +101,7 @@ def ibn_net(seeds: int) -> None:
         for variant, conversions in variants.items():
             model = fit(made(seed, *conversions), images, labels, epochs=12, batch=64, rate=0.1, seed=seed)
             for name, change in shifts(seed).items():
-                found[variant][name].append(accuracy(model, change(test), truth))
+                found[variant][name].append(percent_right(model, change(test), truth))
     mean = {v: [statistics.fmean(found[v][n][s] for n in names[1:]) for s in range(seeds)] for v in variants}
     rows = {v: [*(shown(found[v][n]) for n in names), shown(mean[v])] for v in variants}
     base = "batch norm"
@@ -110,7 +111,7 @@ def ibn_net(seeds: int) -> None:
         f"{against(found['IBN-a']['clean'], found[base]['clean'])}, IBN-b "
         f"{against(found['IBN-b']['clean'], found[base]['clean'])} points."
     )
-    write("ibn-net", started, summary, [*names, "mean of shifts"], rows, accuracy=found)
+    write_rows("ibn-net", started, summary, [*names, "mean of shifts"], rows, accuracy=found)
 
 
 def mixstyle(seeds: int) -> None:
@@ -136,8 +137,8 @@ def mixstyle(seeds: int) -> None:
                 if key not in done:
                     begun = time.monotonic()
                     model = fit(made(seed, *conversions), x, y, epochs=10, batch=64, rate=0.1, seed=seed)
-                    others = statistics.fmean(accuracy(model, held[name], truth) for name in rest)
-                    done[key] = [accuracy(model, held[out], truth), others, time.monotonic() - begun]
+                    others = statistics.fmean(percent_right(model, held[name], truth) for name in rest)
+                    done[key] = [percent_right(model, held[out], truth), others, time.monotonic() - begun]
                     write_json(kept, done)
                 found[variant][out].append(done[key][0])
                 within[variant].append(done[key][1])
@@ -157,7 +158,7 @@ def mixstyle(seeds: int) -> None:
     columns = [*(f"{name} left out" for name in names), "mean", "domains trained on"]
     kept.unlink()
     started = time.monotonic() - sum(seconds for _, _, seconds in done.values())
-    write("mixstyle", started, summary, columns, rows, accuracy=found, within=within)
+    write_rows("mixstyle", started, summary, columns, rows, accuracy=found, within=within)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import statistics
 import time
 
 import torch
-from _digits import accuracy, against, digits, fit, shown, write
+from _figures import against, shown, write_rows
+from _work import digits, fit, percent_right
 from torch import Tensor, nn
 
 from convette.layers.normalization import FilteredBatchNorm2d, filter_batch_norm, filtered_moments, outlier_report
@@ -71,11 +72,11 @@ def main() -> None:
             model, seen = network(THRESHOLDS[name], seed), []
             watched(model, seen)
             fit(model, images, labels, epochs=EPOCHS[batch], batch=batch, rate=0.1 * batch / 128, seed=seed)
-            right[key].append(accuracy(model, test, truth))
+            right[key].append(percent_right(model, test, truth))
             late = seen[len(seen) // 3 :]  # the first third is the warm-up and the fall of the loss
             spread[key].append(statistics.stdev(late) / statistics.fmean(late))
             left[key].append(100 * outlier_report(model, [test], THRESHOLDS[name] or 4.0)["5"])
-    rows = {key: [shown(right[key]), shown(spread[key], 3), shown(left[key], 2)] for key in right}
+    rows = {key: [shown(right[key]), shown(spread[key], digits=3), shown(left[key], digits=2)] for key in right}
 
     def gain(kind: str, batch: int) -> str:
         return against(right[f"{kind}, batch {batch}, T = 4"], right[f"{kind}, batch {batch}, batch norm"])
@@ -91,7 +92,7 @@ def main() -> None:
         f"steps of 16 changes by {steadier('clean')} clean and {steadier('salt')} with noise."
     )
     columns = ["accuracy in %", "spread of the variance", "left out in %"]
-    write("filtered-batch-norm", started, summary, columns, rows, accuracy=right, spread=spread, left_out=left)
+    write_rows("filtered-batch-norm", started, summary, columns, rows, accuracy=right, spread=spread, left_out=left)
 
 
 if __name__ == "__main__":

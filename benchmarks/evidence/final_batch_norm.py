@@ -12,7 +12,8 @@ import statistics
 import time
 
 import torch
-from _digits import accuracy, against, digits, fit, predicted, shown, write
+from _figures import against, shown, write_rows
+from _work import digits, fit, percent_right, predicted
 from torch import Tensor, nn
 
 from convette.layers.normalization import FinalNormLinear, remove_final_norm
@@ -78,11 +79,11 @@ def main() -> None:
             images, labels, test, truth = pair(common, rare, (61, 61), seed)
             for name, with_norm in (("baseline", False), ("final batch norm, folded", True)):
                 model = fit(network(with_norm, seed), images, labels, **how)
-                control[name].append(accuracy(model, test, truth))
+                control[name].append(percent_right(model, test, truth))
     rows = {
         name: [
-            shown(f1[name], 2),
-            shown(balanced[name], 2),
+            shown(f1[name], digits=2),
+            shown(balanced[name], digits=2),
             f"{statistics.fmean(control[name]):.1f}" if name in control else "-",
         ]
         for name in f1
@@ -97,7 +98,7 @@ def main() -> None:
         f"{against(control[folded], control['baseline'])} points. Naming the rare class always gives an F1 of 0.67."
     )
     columns = ["F1 of the rare class", "balanced accuracy", "accuracy in %, balanced training"]
-    write("final-batch-norm", started, summary, columns, rows, f1=f1, balanced=balanced, control=control)
+    write_rows("final-batch-norm", started, summary, columns, rows, f1=f1, balanced=balanced, control=control)
 
 
 if __name__ == "__main__":

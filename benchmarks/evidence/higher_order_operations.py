@@ -10,11 +10,11 @@ frame (16 channels) with nothing, one residual 3x3x3 convolution, or one higher-
 and time. Expected: nothing below .4, the block above .9, with under half of the convolution's parameters.
 """
 
-import argparse
 import time
 
 import torch
-from _layers import Figures, accuracy, over_seeds, told, train, write
+from _figures import Figures, told, write_runs
+from _work import accuracy, all_digits, options, over_seeds, train
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -82,16 +82,10 @@ class Network(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    seeds = parser.parse_args().seeds
-    torch.set_num_threads(1)
+    seeds = options(__doc__).seeds
     started = time.monotonic()
-    from sklearn.datasets import load_digits
-
-    loaded = load_digits()
-    digits = torch.tensor(loaded.images, dtype=torch.float32)[:, 1:7, 1:7] / 16
-    classes = torch.tensor(loaded.target)
+    digits, classes = all_digits()
+    digits = digits[:, 0, 1:7, 1:7]
 
     def run(model: nn.Module, seed: int) -> Figures:
         generator = torch.Generator().manual_seed(seed)
@@ -115,7 +109,7 @@ def main() -> None:
         f" {told(found, 'higher-order block', '3x3x3 convolution', 'accuracy')}"
     )
     settings = {"clips": CLIPS, "test": TEST, "epochs": EPOCHS, "channels": CHANNELS}
-    write("higher-order-operations", summary, found, started, shares=("accuracy",), settings=settings)
+    write_runs("higher-order-operations", summary, found, started, shares=("accuracy",), settings=settings)
 
 
 if __name__ == "__main__":

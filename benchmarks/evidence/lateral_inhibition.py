@@ -13,13 +13,12 @@ Fixed before these results were seen. A first setting with a class for every dig
 the network, with and without inhibition, named every pixel ground.
 """
 
-import argparse
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _layers import images_of, load, outputs, over_seeds, told, train, write
+from _figures import told, write_runs
+from _work import images_of, load, options, outputs, over_seeds, train
 from torch import Tensor, nn
 
 from convette.layers.activation import LateralInhibition2d
@@ -90,11 +89,7 @@ def outline_f1(found: Tensor, wanted: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = options(__doc__, shared=True)
     started = time.monotonic()
     data = load("usps", arguments.shared)
     inputs, targets = scenes(images_of(data, "train")[0], TRAIN, 0)
@@ -119,7 +114,7 @@ def main() -> None:
     )
     settings = {"train": TRAIN, "test": TEST, "epochs": EPOCHS, "seeds": arguments.seeds}
     extra = {"mean_tau_by_layer_and_seed": learned}
-    write(
+    write_runs(
         "lateral-inhibition",
         summary,
         found,

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _layers import RESULTS, accuracy, images_of, load, outputs, over_seeds, told, train, write
+from _figures import RESULTS, told, write_runs
+from _work import accuracy, images_of, load, outputs, over_seeds, train
 from torch import Tensor, nn
 
 from convette.layers.attention import LightNonLocal2d
@@ -144,7 +145,7 @@ def main() -> None:
         if f"{name}, without" in found
     )
     settings = {"test": TEST} | {name: asdict(one) for name, one in PARTS.items()}
-    write("light-nonlocal", summary, found, started, shares=("accuracy",), settings=settings)
+    write_runs("light-nonlocal", summary, found, started, shares=("accuracy",), settings=settings)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ set to 0 at test time, the same for all networks. Expected: a smaller gap, test 
 without the top 1 %.
 """
 
-import argparse
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _layers import accuracy, images_of, load, over_seeds, told, train, write
+from _figures import told, write_runs
+from _work import accuracy, images_of, load, options, over_seeds, train
 from torch import Tensor, nn
 
 from convette.layers.regularization import insert_after_stages
@@ -43,11 +42,7 @@ def without_the_top(_: nn.Module, __: object, y: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = options(__doc__, shared=True)
     started = time.monotonic()
     data = load("usps", arguments.shared)
     images, labels = images_of(data, "train")
@@ -76,7 +71,7 @@ def main() -> None:
     summary = f"{TRAIN} USPS digits, a ResNet of depth 8. " + " ".join(parts)
     settings = {"train": TRAIN, "epochs": EPOCHS, "seeds": arguments.seeds}
     shares = ("training", "test", "gap", "top 1 % off")
-    write("maxdropout", summary, found, started, shares=shares, settings=settings)
+    write_runs("maxdropout", summary, found, started, shares=shares, settings=settings)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _digits import accuracy, digits, fit, interval
+from _figures import interval
+from _work import digits, fit, percent_right
 
 from convette._files import write_json, write_text
 from convette._progress import note
@@ -88,7 +89,7 @@ def trained(name: str, batch: int, seed: int) -> float:
         extra_loss=NormLoss(model) if method == "norm-loss" else None,
         after_step=move if ratios else None,
     )
-    return accuracy(model, test, truth)
+    return percent_right(model, test, truth)
 
 
 def summarised(runs: dict[str, float], names: list[str], seeds: int, seconds: float) -> dict[str, Any]:

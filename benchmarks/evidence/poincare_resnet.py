@@ -10,13 +10,12 @@ under the ROC curve of telling digits from 997 images of Fashion-MNIST at 8x8 by
 dimensions at least three times as fast as the Fréchet mean by ten steps along the mean tangent.
 """
 
-import argparse
 import statistics
 import time
-from pathlib import Path
 
 import torch
-from _layers import Figures, accuracy, images_of, load, outputs, over_seeds, told, write
+from _figures import Figures, told, write_runs
+from _work import accuracy, all_digits, images_of, load, options, outputs, over_seeds
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -52,16 +51,10 @@ def midpoint_price() -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = options(__doc__, shared=True)
     started = time.monotonic()
-    from sklearn.datasets import load_digits
-
-    loaded = load_digits()
-    images, labels = torch.tensor(loaded.images, dtype=torch.float32)[:, None] / 8 - 1, torch.tensor(loaded.target)
+    images, labels = all_digits()
+    images = images * 2 - 1
     test, wanted = images[TRAIN:], labels[TRAIN:]
     clothes = images_of(load("fashion-mnist", arguments.shared), "test", len(test))[0]
     clothes = functional.interpolate(clothes, (8, 8), mode="bilinear", antialias=True, align_corners=False) * 2 - 1
@@ -103,7 +96,7 @@ def main() -> None:
         f" The midpoint is {ratio:.0f} times as fast as ten steps towards the Fréchet mean."
     )
     settings = {"train": TRAIN, "epochs": EPOCHS, "widths": WIDTHS}
-    write(
+    write_runs(
         "poincare-resnet",
         summary,
         found,

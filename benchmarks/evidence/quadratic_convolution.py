@@ -9,13 +9,12 @@ rank 1 (ours, not the paper's); "linear, wider" has the parameters of the full f
 Expected: 1 to 4 points over the linear network of the same width, parity with the one of the same size.
 """
 
-import argparse
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _layers import accuracy, images_of, load, over_seeds, told, train, write
+from _figures import told, write_runs
+from _work import accuracy, images_of, load, options, over_seeds, train
 from torch import nn
 
 from convette.layers.convolution import QuadraticConv2d
@@ -39,11 +38,7 @@ def size(model: nn.Module) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = options(__doc__, shared=True)
     started = time.monotonic()
     data = load("usps", arguments.shared)
     inputs, targets = images_of(data, "train")
@@ -72,7 +67,7 @@ def main() -> None:
         + told(found, "quadratic", "linear, wider", "accuracy")
     )
     settings = {"train": TRAIN, "epochs": EPOCHS, "seeds": arguments.seeds, "width": WIDTH, "wider": wider}
-    write("quadratic-convolution", summary, found, started, shares=("accuracy",), settings=settings)
+    write_runs("quadratic-convolution", summary, found, started, shares=("accuracy",), settings=settings)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import statistics
 import time
 
 import torch
-from _digits import accuracy, against, digits, fit, shown, write
+from _figures import against, shown, write_rows
+from _work import digits, fit, percent_right
 from torch import nn
 
 from convette.layers.normalization import anneal_to_bn, skewness_report
@@ -51,15 +52,15 @@ def main() -> None:
             annealed = anneal if "annealed" in name else None
             how = {"epochs": EPOCHS, "batch": 64, "rate": 0.1, "seed": seed}
             fit(model, images, labels, after_step=annealed, **how)
-            right[name].append(accuracy(model, test, truth))
+            right[name].append(percent_right(model, test, truth))
             report = skewness_report(model, [test[:512]]).values()
             before[name].append(statistics.fmean(one.standardised for one in report))
             after[name].append(statistics.fmean(one.output for one in report))
     rows = {
         name: [
             shown(right[name]),
-            shown(before[name], 2),
-            shown(after[name], 2),
+            shown(before[name], digits=2),
+            shown(after[name], digits=2),
             f"{100 * (statistics.fmean(after[name]) / statistics.fmean(before[name]) - 1):+.0f} %",
         ]
         for name in VARIANTS
@@ -72,7 +73,9 @@ def main() -> None:
         f"{against(right['0.9, annealed to 1'], right['batch norm'])} points."
     )
     columns = ["accuracy in %", "|skewness| standardised", "|skewness| output", "change"]
-    write("skewness-batch-norm", started, summary, columns, rows, accuracy=right, standardised=before, output=after)
+    write_rows(
+        "skewness-batch-norm", started, summary, columns, rows, accuracy=right, standardised=before, output=after
+    )
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ sums of R one-way filters from the start. Expected from the description: the rel
 the dense one's at about a third of the parameters, of R = 1 within 1.5 times; smaller gaps between test and training.
 """
 
-import argparse
 import statistics
 import time
 
 import torch
-from _layers import Figures, over_seeds, told, write
+from _figures import Figures, told, write_runs
+from _work import options, over_seeds
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -60,10 +60,7 @@ def train(model: nn.Module, inputs: Tensor, targets: Tensor, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    seeds = parser.parse_args().seeds
-    torch.set_num_threads(1)
+    seeds = options(__doc__).seeds
     started = time.monotonic()
 
     def run(model: nn.Module, seed: int) -> Figures:
@@ -90,7 +87,7 @@ def main() -> None:
         f" {told(found, 'R = 2', 'dense', 'relative error', points=False)}"
     )
     settings = {"size": SIZE, "ahead": AHEAD, "train": TRAIN, "test": TEST, "width": WIDTH, "epochs": EPOCHS}
-    write("tensor-compressed-convolution", summary, found, started, shares=(), settings=settings)
+    write_runs("tensor-compressed-convolution", summary, found, started, shares=(), settings=settings)
 
 
 if __name__ == "__main__":
