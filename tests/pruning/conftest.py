@@ -45,6 +45,21 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def plain(data) -> nn.Module:
+    """Return a convolution, a norm, a second convolution and a head for `data`, always the same."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(data.preprocessing.channels, 10, 3, padding=1),
+        nn.BatchNorm2d(10),
+        nn.ReLU(),
+        nn.Conv2d(10, 12, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, data.num_classes),
+    )
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()

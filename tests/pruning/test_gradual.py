@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch import nn
+from tests.pruning.conftest import plain
 
 from convette.cost import count
 from convette.data import load_data
@@ -35,22 +35,8 @@ def digits():
     return load_data("digits")
 
 
-def net(digits) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(digits.preprocessing.channels, 10, 3, padding=1),
-        nn.BatchNorm2d(10),
-        nn.ReLU(),
-        nn.Conv2d(10, 12, 3, padding=1, stride=2),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(12, digits.num_classes),
-    )
-
-
 def test_the_budget_is_met_at_the_end_of_training(digits):
-    model = net(digits)
+    model = plain(digits)
     example = digits.preprocessing(digits.train.images([0]))
     start = count(model, example)
     watch = Watch()
@@ -72,10 +58,10 @@ def test_a_stopped_training_goes_on_to_the_same_bits(digits, tmp_path):
             if trainer.state.clock.epoch == 1:
                 raise KeyboardInterrupt
 
-    whole = train(net(digits), digits, QUICK, methods=(GradualPruning("macs<=50%"),), device="cpu").model
+    whole = train(plain(digits), digits, QUICK, methods=(GradualPruning("macs<=50%"),), device="cpu").model
     with pytest.raises(KeyboardInterrupt):
         train(
-            net(digits),
+            plain(digits),
             digits,
             QUICK,
             methods=(GradualPruning("macs<=50%"), Stop()),
@@ -83,14 +69,14 @@ def test_a_stopped_training_goes_on_to_the_same_bits(digits, tmp_path):
             checkpoint_dir=tmp_path,
         )
     resumed = train(
-        net(digits), digits, QUICK, methods=(GradualPruning("macs<=50%"),), device="cpu", checkpoint_dir=tmp_path
+        plain(digits), digits, QUICK, methods=(GradualPruning("macs<=50%"),), device="cpu", checkpoint_dir=tmp_path
     ).model
     assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
 
 
 def test_what_cannot_be_is_refused(digits):
     with pytest.raises(BudgetError, match="at the least"):
-        train(net(digits), digits, QUICK, methods=(GradualPruning("macs<=0.3K"),), device="cpu")
+        train(plain(digits), digits, QUICK, methods=(GradualPruning("macs<=0.3K"),), device="cpu")
     with pytest.raises(UsageError, match="latency"):
         GradualPruning("latency<=2ms")
     with pytest.raises(UsageError, match="calibration"):

@@ -240,7 +240,9 @@ def test_the_averaged_network_is_looked_at_through_the_gates(digits):
         name = "look"
         order = 100
         events = frozenset({Event.EVALUATION_END})
-        errors: list = []
+
+        def __init__(self):
+            self.errors = []
 
         def apply(self, event, trainer):
             closed = {name: flags for name, flags in method.open.items() if not flags.all()}

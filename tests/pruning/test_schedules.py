@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from tests.pruning.conftest import plain
 from tests.pruning.test_prune import fake_latency
 from torch import nn
 from torch.nn import functional as F
@@ -162,20 +163,6 @@ class Norms(Method):
                     count_ += 1
             if count_:
                 self.sizes.append(total)
-
-
-def plain(digits) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(digits.preprocessing.channels, 10, 3, padding=1),
-        nn.BatchNorm2d(10),
-        nn.ReLU(),
-        nn.Conv2d(10, 12, 3, padding=1, stride=2),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(12, digits.num_classes),
-    )
 
 
 def test_growing_regularisation_shrinks_what_goes_before_it_goes(digits):
