@@ -13,6 +13,10 @@ from convette.errors import UsageError
 from convette.layers import fold_layers
 
 
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def learned(make, batch, move=True):
     """A layer after two training batches, its parameters moved a little."""
     torch.manual_seed(5)

@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 from convette import models
 from convette._progress import note
-from convette.cost import Budget, status_text
+from convette.cost import Budget
 from convette.errors import StructureError, UsageError
 from convette.pipeline._latency import measure_from_start
 from convette.pipeline.inspect import input_of, open_model
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.single import PruneOutcome
-from convette.pipeline.stages.compress import limit_result, path_point
 from convette.pruning import prune
 from convette.surgery import ModelCard, card_of, first_that_runs, set_card
 
@@ -51,17 +50,7 @@ def prune_from_example(recipe: Recipe, out: Path | str) -> PruneOutcome:
     if not card.preprocessing and example.ndim == 4:
         stated = replace(input_of(network), height=example.shape[2], width=example.shape[3])
         set_card(network, ModelCard(card.task, card.class_names, stated.to_json(), card.history))
-    result = prune(
-        network, example, Budget.parse(recipe.budget.limits), settings, measure=measure_from_start, device="cpu"
-    )
+    budget = Budget.parse(recipe.budget.limits)
+    result = prune(network, example, budget, settings, measure=measure_from_start, device="cpu")
     models.save(result.model, out)
-    engines = Budget.parse(recipe.budget.limits).engines
-    return PruneOutcome(
-        file=out,
-        accuracy_before=None,
-        accuracy_after=None,
-        path=tuple(path_point(record, engines) for record in result.steps),
-        limits=tuple(limit_result(status) for status in result.statuses),
-        text=status_text(result.statuses),
-        seconds=round(result.seconds, 1),
-    )
+    return PruneOutcome.of(result, out, budget)

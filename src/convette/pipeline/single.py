@@ -20,7 +20,7 @@ from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import LimitResult, PathPoint
 from convette.pipeline.stages.compress import limit_result, path_point, recovery_settings
 from convette.pipeline.stages.model import put_card
-from convette.pruning import prune
+from convette.pruning import PruneResult, prune
 from convette.runtime import Verification, export, exported_size, verify
 from convette.training import distributed, evaluate, resolve_device, start_distributed
 
@@ -37,6 +37,21 @@ class PruneOutcome:
     limits: tuple[LimitResult, ...]
     text: str
     seconds: float
+
+    @classmethod
+    def of(
+        cls, result: PruneResult, file: Path, budget: Budget, before: float | None = None, after: float | None = None
+    ) -> "PruneOutcome":
+        """Return what a pruning to `budget`, written to `file`, came to; `before` and `after` are accuracies."""
+        return cls(
+            file=file,
+            accuracy_before=before,
+            accuracy_after=after,
+            path=tuple(path_point(record, budget.engines) for record in result.steps),
+            limits=tuple(limit_result(status) for status in result.statuses),
+            text=status_text(result.statuses),
+            seconds=round(result.seconds, 1),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -92,16 +107,7 @@ def prune_file(recipe: Recipe, out: Path | str) -> PruneOutcome:
         models.save(result.model, out)
         shutil.rmtree(checkpoints, ignore_errors=True)
     distributed.barrier()
-    engines = Budget.parse(recipe.budget.limits).engines
-    return PruneOutcome(
-        file=out,
-        accuracy_before=before,
-        accuracy_after=after,
-        path=tuple(path_point(record, engines) for record in result.steps),
-        limits=tuple(limit_result(status) for status in result.statuses),
-        text=status_text(result.statuses),
-        seconds=round(result.seconds, 1),
-    )
+    return PruneOutcome.of(result, out, Budget.parse(recipe.budget.limits), before, after)
 
 
 def check_prune(recipe: Recipe, out: Path) -> None:

@@ -116,8 +116,8 @@ def test_the_gap():
         consistency_gap(nn.ReLU(), x, x)
 
 
-@pytest.mark.parametrize("norm", ["batch", "group", "layer", "switchable"])
-def test_eval_is_independent_of_the_batch(norm):
+def moved(norm):
+    """A consistent ResNet-20 with its parameters moved a little and statistics of one batch, and that batch."""
     from convette.models import resnet20
 
     torch.manual_seed(7)
@@ -127,7 +127,12 @@ def test_eval_is_independent_of_the_batch(norm):
             parameter.add_(0.05 * torch.randn_like(parameter))
     x = torch.randn(4, 3, 16, 16)
     model.train()(x)
-    model.eval()
+    return model.eval(), x
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "switchable"])
+def test_eval_is_independent_of_the_batch(norm):
+    model, x = moved(norm)
     torch.testing.assert_close(model(x)[:1], model(x[:1]), atol=1e-4, rtol=1e-4)
     kinds = {"batch": ConsistentBatchNorm2d, "switchable": SparseSwitchNorm2d}
     assert sum(isinstance(m, kinds.get(norm, nn.GroupNorm)) for m in model.modules()) == 9
@@ -153,16 +158,7 @@ def test_folded_units_are_equal(identity):
 
 
 def test_whole_networks_fold():
-    from convette.models import resnet20
-
-    torch.manual_seed(9)
-    model = to_consistent(resnet20())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    x = torch.randn(4, 3, 16, 16)
-    model.train()(x)
-    model.eval()
+    model, x = moved("batch")
     result = fold_layers(model)
     assert len(result.folded) == 9 and not result.kept
     torch.testing.assert_close(result.model(x), model(x), atol=1e-4, rtol=1e-4)

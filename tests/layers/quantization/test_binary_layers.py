@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.layers.common import drawn
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,10 +19,6 @@ from convette.layers.quantization import (
 )
 from convette.layers.quantization.binary_networks import sign
 from convette.surgery import trace
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_zero_is_positive_everywhere():

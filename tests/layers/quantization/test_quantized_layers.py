@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.layers.common import drawn
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,11 +28,6 @@ from convette.layers.quantization import (
 )
 from convette.layers.quantization.deployed import deployed
 from convette.layers.quantization.observers import _costs
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 # Rounding -------------------------------------------------------------------------------------------------------------
 
