@@ -1,13 +1,18 @@
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from convette import models
 from convette.data import MemorySplit, load_data
-from convette.errors import UsageError
+from convette.errors import FileFormatError, UsageError
+from convette.models.cell_network import CellNetwork
+from convette.pipeline.fit import train_run
+from convette.pipeline.recipe import build_recipe
 from convette.pruning.dass import (
     CellNet,
     DASSSettings,
@@ -23,6 +28,10 @@ from convette.pruning.dass import (
 )
 from convette.pruning.dass.cells import OPERATIONS
 from convette.pruning.dass.search import _step, phase_of
+from convette.pruning.methods.dass import ScoreMasks, first_scores
+from convette.pruning.sparsity import unstructured_mask
+from convette.surgery import Origin, apply, trace
+from convette.training import Event, Method, TrainSettings, train
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +121,7 @@ def test_a_cell_has_two_inputs_a_node_and_never_none():
 
 
 def test_a_separable_convolution_has_the_published_parameters():
-    layer = OPERATIONS["sep_conv_3x3"](16, 1, 0.5)
+    layer = OPERATIONS["sep_conv_3x3"](16, 1, partial(SparseConv2d, sparsity=0.5))
     names = [(n, p) for n, p in layer.named_parameters() if not n.endswith("scores")]
     convolutions = sum(p.numel() for n, p in names if p.ndim == 4)
     assert convolutions == 2 * (9 * 16 + 16 * 16)
@@ -163,3 +172,85 @@ def test_any_network_takes_sparse_layers():
     assert not torch.equal(sparse(x), dense(x))
     with pytest.raises(UsageError):
         SparseLinear(4, 4, sparsity=1.0)
+
+
+def test_scores_learn_while_weights_rest_and_masks_are_kept_to_the_end(few, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 10),
+    )
+    seen: list = []
+
+    class Watch(Method):
+        name = "watch"
+        order = -100
+        events = frozenset({Event.AFTER_OPTIMIZER_STEP})
+
+        def apply(self, event, trainer):
+            weight = trainer.state.model[2].weight.detach().clone()
+            scores = method.scores.get("2.weight")
+            seen.append((weight, None if scores is None else scores.clone(), bool(method.masks)))
+
+    method = ScoreMasks(0.75, dense_share=0.25, mask_share=0.5, score_rate=1.0)
+    settings = TrainSettings(epochs=4, batch_size=16, augmentation=(), precision="fp32", ema_decay=0.5)
+    trained = train(model, few, settings, methods=(method, Watch()), device="cpu").model
+    rest = [(weight, scores) for weight, scores, settled in seen if scores is not None and not settled]
+    assert 0 < len(rest) < len(seen)
+    assert all(torch.equal(weight, rest[0][0]) for weight, _ in rest)  # bit for bit
+    assert not torch.equal(rest[0][1], rest[-1][1])
+    masks = {name: weight.detach() != 0 for name, weight in trained.named_parameters() if weight.ndim == 4}
+    for name in ("2.weight", "5.weight"):
+        assert int(masks[name].sum()) == round(0.25 * masks[name].numel())
+        assert torch.equal(masks[name], method.masks[name])
+    assert masks["0.weight"].all() and (trained[8].weight != 0).all()  # the ends stay dense
+    assert type(trained[2]) is nn.Conv2d
+    first = first_scores(model[2].weight.detach())
+    assert torch.equal(unstructured_mask(first.abs(), 0.5), unstructured_mask(model[2].weight.detach().abs(), 0.5))
+    for wrong in ({"sparsity": 1.0}, {"dense_share": 0.8, "mask_share": 0.3}):
+        with pytest.raises(UsageError):
+            ScoreMasks(**wrong)
+    with pytest.raises(UsageError, match="no inner one"):
+        train(model, few, settings, methods=(ScoreMasks(exclude=("*",)),), device="cpu")
+
+
+def test_a_plain_network_of_cells_is_saved_and_read_back(tmp_path):
+    torch.manual_seed(0)
+    found = CellNet(4, 3, in_channels=1).genotype()
+    assert Genotype.from_numbers(**found.numbers()) == found
+    model = CellNetwork(4, 3, in_channels=1, num_classes=5, genotype=found).eval()
+    x = torch.randn(2, 1, 8, 8)
+    models.save(model, tmp_path / "a.safetensors")
+    assert torch.equal(models.load(tmp_path / "a.safetensors")(x), model(x))
+    graph = trace(model, x[:1])
+    apply(model, graph.shrink({g.name: torch.arange(max(1, g.size // 2)) for g in graph.groups}))
+    models.save(model, tmp_path / "b.safetensors")
+    assert torch.equal(models.load(tmp_path / "b.safetensors")(x), model(x))
+    for wrong in ([9, 1] * 8, [1, 6] * 8, [1, 1]):
+        with pytest.raises(FileFormatError, match="cell_network"):
+            models.build_from_origin(Origin("convette:cell_network", {"normal": wrong}))
+
+
+def test_a_recipe_searches_trains_sparse_and_ships(tmp_path):
+    options = {"sparsity": 0.8, "channels": 4, "cells": 1, "epochs": 1, "batch_size": 512, "dense_share": 0.0}
+    tables = {
+        "data": {"source": "digits"},
+        "model": {"name": "dass", "options": {**options, "mask_share": 0.5}},
+        "train": {"epochs": 2, "batch_size": 256, "augmentation": [], "precision": "fp32"},
+    }
+    result = train_run(build_recipe(tables), out=tmp_path / "run")
+    model = models.load(result.files["model"])
+    inner = [m.weight for m in model.cells.modules() if type(m) is nn.Conv2d and m.groups == 1]
+    assert inner and all(int((w != 0).sum()) == round(0.2 * w.numel()) for w in inner)
+    for wrong in ({"name": "dass", "options": {"sparsty": 0.9}}, {"name": "resnet20", "options": {"sparsity": 0.9}}):
+        with pytest.raises(UsageError, match=r"model\.options"):
+            build_recipe({"model": wrong})
+    with pytest.raises(UsageError, match="sparsity"):
+        build_recipe({"model": {"name": "dass", "options": {"sparsity": 2.0}}})

@@ -3,9 +3,10 @@ import copy
 import pytest
 import torch
 
+from convette import models
 from convette.cost import count
 from convette.data import load_data
-from convette.errors import UsageError
+from convette.errors import FileFormatError, UsageError
 from convette.pruning.transformable_architecture_search import (
     SearchResNet,
     Shape,
@@ -20,6 +21,7 @@ from convette.pruning.transformable_architecture_search import (
     two_choices,
     width_choices,
 )
+from convette.surgery import Origin, apply, trace
 
 THREE, FIVE = (3, 3, 3), (5, 5, 5)
 RESNET20 = Shape((3, 16, 6, 4, 4, 4, 4, 4, 32, 32, 12, 19, 32, 28, 64, 64, 64, 64, 64, 44), THREE, THREE)
@@ -120,6 +122,22 @@ def test_a_dropped_block_keeps_its_entries():
         Shape((3, 16, 16), THREE, THREE)
     with pytest.raises(UsageError, match="depths"):
         Shape(RESNET20.channels, (0, 2, 3), THREE)
+
+
+def test_a_shaped_network_is_saved_cut_saved_again_and_read_back(tmp_path):
+    model = ShapedResNet(Shape((1, 4, 6, 4, 8, 8), (1, 1), (1, 1)), 7).eval()
+    x = torch.randn(2, 1, 8, 8)
+    models.save(model, tmp_path / "a.safetensors")
+    again = models.load(tmp_path / "a.safetensors")
+    assert torch.equal(again(x), model(x))
+    graph = trace(again, x[:1])
+    apply(again, graph.shrink({graph.groups[0].name: torch.arange(graph.groups[0].size - 1)}))
+    models.save(again, tmp_path / "b.safetensors")
+    assert torch.equal(models.load(tmp_path / "b.safetensors")(x), again(x))
+    assert count(models.create_model("shaped_resnet").eval(), torch.zeros(1, 3, 32, 32)).macs == 22_444_472
+    for wrong in ({"channels": [4, 4]}, {"channels": [0] * 19}, {"channels": "16"}, {"kept": [9, 9, 9]}):
+        with pytest.raises(FileFormatError, match="shaped_resnet"):
+            models.build_from_origin(Origin("convette:shaped_resnet", wrong))
 
 
 def test_a_search_moves_towards_its_target_and_is_the_same_again():

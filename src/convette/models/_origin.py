@@ -15,7 +15,7 @@ P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
 
 # What a file may ask for; beyond it a damaged number would ask for all the memory there is.
-_LARGEST_COUNT, _LARGEST_FACTOR = 1_000_000, 8.0
+_LARGEST_COUNT, _LARGEST_FACTOR, _LONGEST_LIST = 1_000_000, 8.0, 1000
 
 
 def attach_origin(model: M, constructor: str, arguments: dict[str, Any]) -> M:
@@ -53,13 +53,14 @@ def check_arguments(constructor: str, function: Callable[..., Any], arguments: M
             choices = get_args(expected) if get_origin(expected) is Literal else None
             wanted = f"one of {', '.join(choices)}" if choices else _WANTED.get(expected, "something else")
             raise FileFormatError(f"origin {constructor!r}: argument {name!r} is {value!r:.60}, expected {wanted}.")
-        checked[name] = float(value) if expected is float else value
+        checked[name] = float(value) if expected is float else tuple(value) if isinstance(value, list) else value
     return checked
 
 
 _WANTED = {
     int: f"a whole number from 1 to {_LARGEST_COUNT:,}",
     float: f"a number from 0 to {_LARGEST_FACTOR:g}",
+    tuple[int, ...]: f"a list of whole numbers from 1 to {_LARGEST_COUNT:,}",
 }
 
 
@@ -68,6 +69,8 @@ def _fits(value: Any, expected: Any) -> bool:
         return isinstance(value, str) and value in get_args(expected)
     if isinstance(value, bool):
         return False
+    if get_origin(expected) is tuple:
+        return isinstance(value, list | tuple) and len(value) <= _LONGEST_LIST and all(_fits(x, int) for x in value)
     if expected is int:
         return isinstance(value, int) and 1 <= value <= _LARGEST_COUNT
     if expected is float:

@@ -43,6 +43,8 @@ CONSTRUCTORS: dict[str, str] = {
     "binary_nin": "binary_networks",
     "binary_vgg11": "binary_networks",
     "birealnet": "binary_networks",
+    "shaped_resnet": "shaped_resnet",
+    "cell_network": "cell_network",
 }
 _MODES = ("m1", "m2", "m3", "m4")
 _BINARY: dict[str, tuple[str, dict[str, Any]]] = {

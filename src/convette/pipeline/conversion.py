@@ -8,6 +8,7 @@ from convette.data import ImageData
 from convette.errors import ConvetteError
 from convette.layers import find_layer
 from convette.pipeline.recipe import Recipe
+from convette.pipeline.searched import methods_of_search
 from convette.training import Method, find_method, make_method, with_own
 
 
@@ -32,6 +33,7 @@ def convert_network(recipe: Recipe, model: nn.Module, example: Tensor) -> list[s
 def training_methods(recipe: Recipe, model: nn.Module, data: ImageData) -> list[Method]:
     """Return the methods to train `model` with: those of the recipe, and those its layers bring along."""
     chosen = [make_method(find_method(step.name), step.options, data) for step in recipe.method.steps]
+    chosen += methods_of_search(recipe.model.name, recipe.model.options, chosen)
     off = {find_layer(step.by).__module__ for step in recipe.convert.steps if step.method == "off"}
     methods = with_own(model, chosen, data, leave=lambda kind: kind.__module__ in off)
     for method in methods:

@@ -25,6 +25,7 @@ from convette import _files
 from convette.cost import Budget
 from convette.errors import ConvetteError, UsageError, did_you_mean
 from convette.pipeline._toml import line_of, read_toml
+from convette.pipeline.searched import check_search
 from convette.pipeline.steps import ConversionStep, ConvertSection, MethodSection, MethodStep, as_steps
 from convette.pruning import PruneSettings
 from convette.quantization import QuantizeSettings
@@ -62,12 +63,25 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """`[model]`: the network to start from (`convette.create_model`); `stem` "auto": small for images up to 64 px."""
+    """`[model]`: the network to start from (`convette.create_model`); `stem` "auto": small for images up to 64 px.
+
+    `name` "dass" searches a network of cells for the data (`convette.pruning.dass`), with `options` for its settings,
+    and trains it sparse.
+    """
 
     name: str = "auto"
+    options: dict[str, Any] = Field(default_factory=dict)
     stem: Literal["auto", "default", "small"] = "auto"
     pretrained: bool = False
     weights: str | None = None
+
+    @model_validator(mode="after")
+    def _searchable(self) -> "ModelSection":
+        try:
+            check_search(self.name, self.options)
+        except ConvetteError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class BudgetSection(Section):
@@ -154,6 +168,10 @@ class Recipe(Section):
         """Return twelve hex digits that change when anything changes but where the results go."""
         tables = self.tables()
         tables["run"].pop("out")
+        # Keys that came later: where they are empty a run keeps the name it had before.
+        for section, key in (("model", "options"), ("prune", "schedule_options")):
+            if not tables[section].get(key):
+                tables[section].pop(key, None)
         # A recipe without such steps keeps the name it had before there were any.
         tables = {name: table for name, table in tables.items() if name not in LISTS or table["steps"]}
         return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()[:12]

@@ -16,6 +16,7 @@ from convette.pipeline.conversion import convert_network
 from convette.pipeline.few_bits import float_budget
 from convette.pipeline.recipe import ModelSection
 from convette.pipeline.results import ModelResult
+from convette.pipeline.searched import DASS, searched_network
 
 SMALL_IMAGE = 64
 
@@ -24,15 +25,19 @@ def choose_model(run: Run, folder: Path) -> ModelResult:
     """Build the network, put task and preprocessing on its card, and refuse a budget out of reach before training."""
     section, data = run.recipe.model, run.raw_data
     name, reason = choose_name(section, data)
-    model = models.create_model(
-        name,
-        num_classes=data.num_classes,
-        in_channels=data.preprocessing.channels,
-        pretrained=section.pretrained,
-        stem=choose_stem(section, data),
-        weights=section.weights,
-        seed=run.recipe.run.seed,
-    )
+    if name == DASS:
+        model = searched_network(name, section.options, data, run.recipe.run.seed)
+        reason = "searched for sparse weights"
+    else:
+        model = models.create_model(
+            name,
+            num_classes=data.num_classes,
+            in_channels=data.preprocessing.channels,
+            pretrained=section.pretrained,
+            stem=choose_stem(section, data),
+            weights=section.weights,
+            seed=run.recipe.run.seed,
+        )
     data = put_card(model, data, keep_normalisation=run.recipe.data.mean is not None)
     example = data.preprocessing(data.train.images([0]))
     converted = convert_network(run.recipe, model, example)

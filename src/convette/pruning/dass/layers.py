@@ -26,7 +26,7 @@ class _Masked(torch.autograd.Function):
 
 
 class _Sparse(nn.Module):
-    """What the sparse layers share: the scores, the mask they say, and how it is used."""
+    """What the sparse layers share: the scores, the mask they say, and how it is used. Each has a `to_dense`."""
 
     weight: nn.Parameter
     scores: nn.Parameter
@@ -55,10 +55,6 @@ class _Sparse(nn.Module):
         if not self.masked or self.sparsity == 0:
             return self.weight
         return _Masked.apply(self.weight, self.scores, self.mask())  # type: ignore[return-value]
-
-    def to_dense(self) -> nn.Module:
-        """Return the plain layer with the masked weights at zero: the same function, exactly."""
-        raise NotImplementedError
 
 
 class SparseConv2d(_Sparse, nn.Conv2d):

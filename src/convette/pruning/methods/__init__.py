@@ -3,6 +3,7 @@
 A recipe names them by slug or class: ``[[method]] name = "hierarchical-group-sparsity"``.
 """
 
+from convette.pruning.methods.dass import ScoreMasks
 from convette.pruning.methods.dynamic_channel_propagation import DynamicChannelPropagation
 from convette.pruning.methods.gradual_pruning import GradualPruning
 from convette.pruning.methods.growing_regularization import GrowingRegularization
@@ -23,6 +24,7 @@ __all__ = [
     "HierarchicalGroupSparsity",
     "KeepSparsity",
     "ProgressiveGradientPruning",
+    "ScoreMasks",
     "SoftPruning",
     "hierarchical_group_penalty",
     "silent_columns",

@@ -1,0 +1,125 @@
+"""DASS: cells judged sparse against cells judged dense, both trained sparse alike afterwards.
+
+    python benchmarks/evidence/dass.py [--seeds 3]
+
+Writes benchmarks/evidence/results/dass.json; seeds that the file holds are kept. Per seed: two searches on 539 digits
+(2 cells, 6 channels, 16 epochs, the same phases and settings) that differ in one thing: operations are judged by the
+loss of the masked network (DASS), or of the dense one (as DARTS does; the masks are learned afterwards). Both cells,
+and one drawn at random, are then trained alike for 24 epochs at 95 % sparsity: dense, scores, what is left
+(`ScoreMasks`); the last arm takes the cell judged dense and magnitude masks instead of learned ones (`GradualSparsity`). Settings were
+written before any result.
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from convette._files import write_json
+from convette._progress import note
+from convette._provenance import provenance
+from convette.data import ImageData, load_data
+from convette.models.cell_network import NODES, NONE, CellNetwork, Genotype, candidate_operations
+from convette.pipeline.compare import estimate
+from convette.pruning.dass import DASSSettings, search
+from convette.pruning.methods import GradualSparsity, ScoreMasks
+from convette.training import Method, TrainSettings, evaluate, train
+
+OUT = Path(__file__).parent / "results" / "dass.json"
+SPARSITY, CELLS, CHANNELS = 0.95, 2, 6
+TRAIN = {"epochs": 24, "batch_size": 64, "augmentation": (), "precision": "fp32", "ema_decay": None}
+ARMS = ("random cell", "judged dense, magnitude masks", "judged dense", "judged sparse")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    data = load_data("digits", test_fraction=0.6)
+    kept: dict[str, Any] = json.loads(OUT.read_text()).get("runs", {}) if OUT.exists() else {}
+    for seed in range(options.seeds):
+        if str(seed) not in kept:
+            started = time.perf_counter()
+            kept[str(seed)] = {**one_seed(data, seed), "seconds": round(time.perf_counter() - started, 1)}
+            found = report(list(kept.values())) if len(kept) > 1 else {}
+            seconds = sum(run["seconds"] for run in kept.values())
+            write_json(OUT, {**found, "runs": kept, **provenance(seconds)})
+
+
+def one_seed(data: ImageData, seed: int) -> dict[str, Any]:
+    cells: dict[str, Genotype] = {"random cell": random_cells(seed)}
+    found: dict[str, Any] = {}
+    for name, objective in (("judged dense", False), ("judged sparse", True)):
+        settings = DASSSettings(
+            sparsity=SPARSITY,
+            channels=CHANNELS,
+            cells=CELLS,
+            epochs=16,
+            operation_rate=0.02,
+            sparse_objective=objective,
+            seed=seed,
+        )
+        cells[name] = search(data, settings).genotype
+    cells["judged dense, magnitude masks"] = cells["judged dense"]
+    for name in ARMS:
+        method: Method = GradualSparsity(SPARSITY, scope="layer") if "magn" in name else ScoreMasks(SPARSITY)
+        torch.manual_seed(seed)
+        model = CellNetwork(CHANNELS, CELLS, in_channels=1, genotype=cells[name])
+        settings = TrainSettings(seed=seed, **TRAIN)
+        model = train(model, data, settings, methods=(method,), device="cpu").model
+        weights = [p for p in model.parameters() if p.ndim > 1]
+        found[name] = {
+            "accuracy": accuracy(model, data),
+            "weights": sum(p.numel() for p in weights),
+            "left": sum(int((p != 0).sum()) for p in weights),
+            "cell": [operation for operation, _ in cells[name].normal],
+        }
+        note(f"seed {seed}, {name}: {found[name]}")
+    return found
+
+
+def random_cells(seed: int) -> Genotype:
+    draw = torch.Generator().manual_seed(seed)
+    names = [name for name in candidate_operations() if name != NONE]
+    cell: list[tuple[str, int]] = []
+    for node in range(NODES):
+        for source in torch.randperm(node + 2, generator=draw)[:2].sort().values.tolist():
+            cell.append((names[int(torch.randint(len(names), (), generator=draw))], source))
+    return Genotype(tuple(cell), tuple(cell))
+
+
+def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = {}
+    for arm in ARMS:
+        left, whole = (sum(run[arm][key] for run in runs) / len(runs) for key in ("left", "weights"))
+        rows[arm] = [text([run[arm]["accuracy"] for run in runs]), f"{left:,.0f}", f"{whole:,.0f}"]
+
+    def against(other: str) -> str:
+        gain = estimate([100 * (run["judged sparse"]["accuracy"] - run[other]["accuracy"]) for run in runs])
+        return f"{gain.mean:+.1f} points (95 % interval {gain.low:+.1f} to {gain.high:+.1f})"
+
+    summary = (
+        f"{len(runs)} seeds, {SPARSITY:.0%} sparsity. The cell that was judged sparse is {against('judged dense')} "
+        f"against the cell judged dense, trained alike, {against('judged dense, magnitude masks')} against the latter "
+        f"with magnitude masks, and {against('random cell')} against a cell drawn at random."
+    )
+    return {"summary": summary, "columns": ["test accuracy, %", "weights left", "of"], "rows": rows}
+
+
+def text(values: list[float]) -> str:
+    found = estimate([100 * value for value in values])
+    return f"{found.mean:.1f} ± {(found.high - found.low) / 2:.1f}"
+
+
+def accuracy(model: nn.Module, data: ImageData) -> float:
+    return float(evaluate(copy.deepcopy(model), data.test, data.preprocessing).accuracy)
+
+
+if __name__ == "__main__":
+    main()
