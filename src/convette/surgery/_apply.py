@@ -101,8 +101,11 @@ def apply(
             done.append(change)
             if before is not None:
                 _compare(before, _outputs(model, example), edit, tolerance)
-            for name, part in change.parameters.items():
-                _merge(result, name, part)
+            if not result.parameters and not result.added:
+                result.parameters.update(change.parameters)
+            else:
+                for name, part in change.parameters.items():
+                    _merge(result, name, part)
             result.added.update(change.added)
     except BaseException:
         for change in reversed(done):

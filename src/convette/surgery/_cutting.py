@@ -17,12 +17,14 @@ Slot = tuple[str, int]
 class KeptIndices(Mapping[Slot, tuple[int, ...]]):
     """The indices that stay, by parameter name and dimension: a mapping to tuples, made when they are asked for.
 
-    `tensors` holds them as int64 tensors; slots that keep the same indices share one.
+    `tensors` holds them as int64 tensors; slots that keep the same indices share one. `last` holds the last index of
+    those tensors, by id, that are known to hold increasing numbers from 0 on.
     """
 
-    def __init__(self, tensors: dict[Slot, Tensor]) -> None:
+    def __init__(self, tensors: dict[Slot, Tensor], last: dict[int, int] | None = None) -> None:
         """`tensors`: increasing indices, on the CPU."""
         self.tensors = tensors
+        self.last = last or {}
         self._made: dict[int, tuple[int, ...]] = {}
 
     def __getitem__(self, slot: Slot) -> tuple[int, ...]:
@@ -62,37 +64,71 @@ def cut(
 
     Without `values` the new tensors are on the meta device: shapes only. `walk`: over the model as it is, returned.
     """
-    tensors = kept.tensors if isinstance(kept, KeptIndices) else _as_tensors(kept)
     walk = walk or Walk(model)
-    by_name: dict[str, dict[int, Tensor]] = {}
-    checked: set[tuple[int, int]] = set()
-    for (name, dim), index in tensors.items():
-        dims = by_name.get(name)
-        if dims is None:
-            dims = by_name[name] = {}
-        dims[dim] = index
-        shape = walk.find(name).shape
-        if not 0 <= dim < len(shape):
-            raise StructureError(f"{name!r} has {len(shape)} dimensions; the edit asks for dimension {dim}.")
-        if (id(index), shape[dim]) not in checked:
-            _check_indices(name, index, shape[dim])
-            checked.add((id(index), shape[dim]))
-    places: list[tuple[dict[str, Any], str, Tensor]] = []
-    change.undo.append(lambda: _put_back(places))
+    by_name, last = _by_name(kept)
+    found: list[tuple[dict[str, Any], str, Tensor]] = []
+    for name, dims in by_name.items():
+        table, leaf = walk.place(name)
+        old = table[leaf]
+        found.append((table, leaf, old))
+        shape = old.shape
+        for dim, index in dims.items():
+            if not 0 <= dim < len(shape):
+                raise StructureError(f"{name!r} has {len(shape)} dimensions; the edit asks for dimension {dim}.")
+            end = last.get(id(index))
+            if end is None:
+                end = last[id(index)] = _last(name, index)
+            if end >= shape[dim]:
+                raise StructureError(_not_indices(name, shape[dim]))
+    if walk.shared:
+        found += [(table, leaf, old) for _, _, old in found for table, leaf in walk.places[id(old)]]
+    change.undo.append(lambda: _put_back(found))
+    changed = change.parameters
+    moved: dict[tuple[int, torch.device], Tensor] = {}
     with torch.no_grad():
-        for name, dims in by_name.items():
-            old = walk.find(name)
-            new = _part(old, dims) if values else _shape_of(old, dims)
-            change.parameters[name] = ParameterChange(old, new, dims)
-            for table, leaf in walk.places[id(old)]:
-                places.append((table, leaf, old))
-                table[leaf] = new
+        for (name, dims), (table, leaf, old) in zip(by_name.items(), found, strict=False):
+            if not values:
+                new = _shape_of(old, dims)
+            else:
+                new = _part(old, dims if old.is_cpu else _on_device(dims, old.device, moved))
+            changed[name] = ParameterChange(old, new, dims)
+            table[leaf] = new
+        if walk.shared:
+            new_of = {id(part.old): part.new for part in changed.values()}
+            for table, leaf, old in found:
+                table[leaf] = new_of[id(old)]
     return walk
+
+
+def _by_name(kept: Mapping[Slot, tuple[int, ...]]) -> tuple[dict[str, dict[int, Tensor]], dict[int, int]]:
+    """Return the indices that stay by parameter and dimension, and the last of each list that is known to be one."""
+    tensors, last = (kept.tensors, dict(kept.last)) if isinstance(kept, KeptIndices) else (_as_tensors(kept), {})
+    result: dict[str, dict[int, Tensor]] = {}
+    for (name, dim), index in tensors.items():
+        dims = result.get(name)
+        if dims is None:
+            result[name] = {dim: index}
+        else:
+            dims[dim] = index
+    return result, last
 
 
 def _put_back(places: list[tuple[dict[str, Any], str, Tensor]]) -> None:
     for table, leaf, old in places:
         table[leaf] = old
+
+
+def _on_device(
+    dims: Mapping[int, Tensor], device: torch.device, moved: dict[tuple[int, torch.device], Tensor]
+) -> dict[int, Tensor]:
+    """Return indices where they are needed; each list goes there once."""
+    result = {}
+    for dim, index in dims.items():
+        there = moved.get((id(index), device))
+        if there is None:
+            there = moved[id(index), device] = index.to(device)
+        result[dim] = there
+    return result
 
 
 def _part(old: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
@@ -122,8 +158,15 @@ def _as_tensors(kept: Mapping[Slot, tuple[int, ...]]) -> dict[Slot, Tensor]:
     return result
 
 
-def _check_indices(name: str, index: Tensor, size: int) -> None:
+def _last(name: str, index: Tensor) -> int:
+    """Return the last of some indices; raises `StructureError` where they are none."""
     if not index.shape[0]:
         raise StructureError(f"the edit would leave nothing of {name!r}.")
-    if int(index[-1]) >= size or int(index[0]) < 0 or (len(index) > 1 and not bool((index.diff() > 0).all())):
-        raise StructureError(f"the edit keeps indices of {name!r} that are not increasing numbers below {size}.")
+    if int(index[0]) < 0 or (len(index) > 1 and not bool((index.diff() > 0).all())):
+        raise StructureError(_not_indices(name))
+    return int(index[-1])
+
+
+def _not_indices(name: str, size: int | None = None) -> str:
+    below = "" if size is None else f" below {size}"
+    return f"the edit keeps indices of {name!r} that are not increasing numbers{below}."

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from convette.surgery._walk import Walk
 
 
-@dataclass
+@dataclass(slots=True)
 class ParameterChange:
     """One parameter before and after an edit (None: gone).
 

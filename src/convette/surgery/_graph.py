@@ -106,17 +106,19 @@ class ChannelGraph:
     def check(self, selection: Selection) -> None:
         """Raise `StructureError` where `selection` names an unknown group, is empty or out of range, or breaks a
         constraint."""
-        for name, kept in selection.items():
-            _check_kept(self[name], kept)
+        if not _certainly_right(self, selection):
+            for name, kept in selection.items():
+                _check_kept(self[name], kept)
 
     def keeping(self, selection: Selection) -> Tensor:
         """Return for every label whether its channel stays (Bool, indexed by root)."""
         self.check(selection)
         keep = torch.ones(len(self.roots), dtype=torch.bool)
-        for name, kept in selection.items():
-            roots = self._unit_roots[name]
-            keep[roots] = False
-            keep[roots[kept]] = True
+        if selection:
+            roots = [self._unit_roots[name] for name in selection]
+            keep[torch.cat(roots)] = False
+            chosen = [own.index_select(0, kept) for own, kept in zip(roots, selection.values(), strict=True)]
+            keep[torch.cat(chosen)] = True
         return keep
 
     def shrink(self, selection: Selection) -> Shrink:
@@ -153,6 +155,31 @@ class ChannelGraph:
     def __repr__(self) -> str:
         """Name the sizes."""
         return f"ChannelGraph({len(self.groups)} groups, {self.units} units, {len(self.frozen)} frozen operators)"
+
+
+def _certainly_right(graph: ChannelGraph, selection: Selection) -> bool:
+    """Tell whether `selection` is right beyond doubt: all groups at once, which takes a fraction of the time."""
+    ends, sizes, end = [], [], 0
+    for name, kept in selection.items():
+        group = graph._by_name.get(name)
+        if group is None or not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.ndim != 1:
+            return False
+        rules, count = group.constraints, kept.shape[0]
+        if not max(1, min(rules.minimum, group.size)) <= count or rules.parts > 1 or not kept.is_cpu:
+            return False
+        if rules.multiple_of > 1 and count % rules.multiple_of and count != group.size:
+            return False
+        end += count
+        ends.append(end)
+        sizes.append(group.size)
+    if not end:
+        return True
+    units = torch.cat(list(selection.values())).numpy()
+    rising = units[1:] > units[:-1]
+    rising[np.array(ends[:-1], dtype=np.int64) - 1] = True
+    # In rising lists the first is the smallest and the last the largest.
+    starts = units[np.array([0, *ends[:-1]])]
+    return bool(rising.all() and (starts >= 0).all() and (units[np.array(ends) - 1] < np.array(sizes)).all())
 
 
 def _check_kept(group: Group, kept: Tensor) -> None:

@@ -16,27 +16,57 @@ from convette.surgery._without_values import WithoutValues
 Sizes = tuple[tuple[int | float, ...], ...]
 
 
+class Vectors:
+    """Which roots stand along an axis of some layers: worked out once, whatever stays."""
+
+    def __init__(self, roots: Tensor) -> None:
+        """`roots`: root of each label."""
+        self.roots = roots
+        # The layers are held, so that their ids stay theirs.
+        self._known: dict[tuple[int, int], tuple[Layers, tuple[int, ...]]] = {}
+        self._numbers: dict[bytes, int] = {}
+        self.found: list[Tensor] = []
+
+    def along(self, layers: Layers, axis: int) -> tuple[int, ...]:
+        """Return the numbers of the vectors (in `found`) of the layers that vary along `axis` alone."""
+        known = self._known.get((id(layers), axis))
+        if known is None:
+            numbers: dict[int, None] = {}
+            for layer in layers:
+                if axis not in varying(layer):
+                    continue
+                roots = normalised(self.roots[narrowed(layer)])
+                if varying(roots) == (axis,):
+                    vector = roots[tuple(slice(None) if a == axis else 0 for a in range(roots.ndim))].contiguous()
+                    number = self._numbers.setdefault(vector.numpy().tobytes(), len(self.found))
+                    if number == len(self.found):
+                        self.found.append(vector)
+                    numbers[number] = None
+            known = self._known[id(layers), axis] = (layers, tuple(numbers))
+        return known[1]
+
+
 class Expectation:
     """What the noted calls must be given when only the labels in `keep` remain."""
 
-    def __init__(self, roots: Tensor, keep: Tensor) -> None:
-        """`roots`: root of each label; `keep`: whether each root stays."""
+    def __init__(self, roots: Tensor, keep: Tensor, vectors: Vectors | None = None) -> None:
+        """`roots`: root of each label; `keep`: whether each root stays; `vectors`: over these roots."""
         self.roots = roots
         self.keep = keep
         self.dropped = ~keep
+        self.vectors = vectors or Vectors(roots)
+        self._along: dict[tuple[int, ...], Tensor | None] = {}
 
     def along(self, layers: Layers, axis: int) -> Tensor | None:
         """Return which indices of `axis` stay, None if all do."""
-        result: Tensor | None = None
-        for layer in layers:
-            if axis not in varying(layer):
-                continue
-            roots = normalised(self.roots[narrowed(layer)])
-            if varying(roots) != (axis,):
-                continue
-            stay = self.keep[roots[tuple(slice(None) if a == axis else 0 for a in range(roots.ndim))]]
-            result = stay if result is None else result & stay
-        return None if result is None or bool(result.all()) else result
+        numbers = self.vectors.along(layers, axis)
+        if numbers not in self._along:
+            result: Tensor | None = None
+            for number in numbers:
+                stay = self.keep[self.vectors.found[number]]
+                result = stay if result is None else result & stay
+            self._along[numbers] = None if result is None or bool(result.all()) else result
+        return self._along[numbers]
 
     def sizes(self, item: SizeCall) -> Sizes | None:
         """Return the sizes `item` must be given, in the form of `given_sizes`; None where nothing changes."""

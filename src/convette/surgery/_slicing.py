@@ -17,10 +17,14 @@ def sliced(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     Contiguous, or channels last where `tensor` is. Raises `IndexError` for an index that is out of range. Cost: one
     pass over the rows that stay.
     """
+    on_cpu = tensor.is_cpu
+    if len(dims) == 1 and (tensor.ndim != 4 or tensor.is_contiguous()):
+        ((dim, index),) = dims.items()
+        return tensor.index_select(dim, index if on_cpu else index.to(tensor.device))
     channels_last = (
         tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
     )
-    if len(dims) > 1 and tensor.numel() >= _LARGE and tensor.is_cpu and 0 in dims and tensor.itemsize in _BITS:
+    if len(dims) > 1 and on_cpu and tensor.numel() >= _LARGE and 0 in dims and tensor.itemsize in _BITS:
         if channels_last:
             moved = {{1: 3, 2: 1, 3: 2}.get(dim, dim): index for dim, index in dims.items()}
             return _in_pieces(tensor.permute(0, 2, 3, 1), moved).permute(0, 3, 1, 2)
@@ -28,7 +32,7 @@ def sliced(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
             return _in_pieces(tensor, dims)
     for dim in sorted(dims):
         index = dims[dim]
-        tensor = tensor.index_select(dim, index if index.device == tensor.device else index.to(tensor.device))
+        tensor = tensor.index_select(dim, index if on_cpu else index.to(tensor.device))
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
 
 

@@ -1,6 +1,7 @@
 """One walk over a network: its modules and tensors by name, and what their attributes hold, to be put back later."""
 
 import contextlib
+import functools
 import gc
 import operator
 from collections.abc import Iterator
@@ -8,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from convette.errors import StructureError
 from convette.surgery._caches import is_cache
 from convette.surgery._calls import tensors_in
-from convette.surgery._edits import find_module, find_tensor
+from convette.surgery._edits import find_module
 
 _PLAIN = frozenset([int, bool, float, str, type(None)])
 
@@ -30,9 +32,7 @@ def collecting_later() -> Iterator[None]:
 class Walk:
     """Every module, parameter and buffer of a network, found in one go (PyTorch's own listings take a walk each).
 
-    `names`: module id -> its first name. `tensors`: id of a parameter or buffer -> its first name, parameters first, as
-    ``named_parameters`` and ``named_buffers`` list them; `places`: where each is held, by id: (table, key). `shared`
-    tells whether a module or a tensor stands under several names.
+    `names`: module id -> its first name; `by_name` the other way round.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,28 +40,36 @@ class Walk:
         self.model = model
         self.modules: list[nn.Module] = []
         self.names: dict[int, str] = {}
-        self.shared = False
+        self._twice = False
         self._visit(model, "")
         self.by_name = dict(zip(self.names.values(), self.modules, strict=True))
-        self.tensors: dict[int, str] = {}
-        self.places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+
+    @functools.cached_property
+    def shared(self) -> bool:
+        """Whether a module or a tensor stands under several names."""
+        held = [
+            id(tensor)
+            for module in self.modules
+            for table in (module.__dict__["_parameters"], module.__dict__["_buffers"])
+            for tensor in table.values()
+            if tensor is not None
+        ]
+        return self._twice or len(set(held)) < len(held)
+
+    @functools.cached_property
+    def tensors(self) -> dict[int, str]:
+        """Id of a parameter or buffer -> its first name, parameters first, as PyTorch lists them."""
+        result: dict[int, str] = {}
         # The tensors are held so that their ids stay theirs.
-        self._by_name: dict[str, Tensor] = {}
+        self._held: list[Tensor] = []
         for kind in ("_parameters", "_buffers"):
             for name, module in self.by_name.items():
-                table = module.__dict__[kind]
-                for leaf, tensor in table.items():
-                    if tensor is None:
-                        continue
-                    key = id(tensor)
-                    full = f"{name}.{leaf}" if name else leaf
-                    self._by_name[full] = tensor
-                    if key in self.tensors:
-                        self.shared = True
-                        self.places[key].append((table, leaf))
-                    else:
-                        self.tensors[key] = full
-                        self.places[key] = [(table, leaf)]
+                prefix = f"{name}." if name else ""
+                for leaf, tensor in module.__dict__[kind].items():
+                    if tensor is not None and id(tensor) not in result:
+                        result[id(tensor)] = prefix + leaf
+                        self._held.append(tensor)
+        return result
 
     def _visit(self, module: nn.Module, name: str) -> None:
         self.names[id(module)] = name
@@ -73,14 +81,47 @@ class Walk:
                 if child is None:
                     continue
                 if id(child) in self.names:
-                    self.shared = True
+                    self._twice = True
                 else:
                     self._visit(child, prefix + leaf)
 
     def find(self, name: str) -> Tensor:
         """Return the parameter or buffer called `name`; raises `StructureError` where there is none."""
-        tensor = self._by_name.get(name)
-        return find_tensor(self.model, name) if tensor is None else tensor
+        table, leaf = self.place(name)
+        return table[leaf]
+
+    def place(self, name: str) -> tuple[dict[str, Any], str]:
+        """Return where the parameter or buffer called `name` is held: (table, key)."""
+        owner, _, leaf = name.rpartition(".")
+        module = self.module(owner)
+        for kind in ("_parameters", "_buffers"):
+            table = module.__dict__[kind]
+            if table.get(leaf) is not None:
+                return table, leaf
+        raise StructureError(f"the model has no parameter or buffer {name!r}.")
+
+    @functools.cached_property
+    def places(self) -> dict[int, list[tuple[dict[str, Any], str]]]:
+        """Id of a parameter or buffer -> every place that holds it: (table, key)."""
+        result: dict[int, list[tuple[dict[str, Any], str]]] = {key: [] for key in self.tensors}
+        for module in self.modules:
+            for table in (module.__dict__["_parameters"], module.__dict__["_buffers"]):
+                for leaf, tensor in table.items():
+                    if tensor is not None:
+                        result[id(tensor)].append((table, leaf))
+        return result
+
+    @functools.cached_property
+    def _aliases(self) -> dict[int, list[str]]:
+        result: dict[int, list[str]] = {}
+        for listed in (self.model.named_parameters, self.model.named_buffers):
+            for name, tensor in listed(remove_duplicate=False):
+                result.setdefault(id(tensor), []).append(name)
+        return result
+
+    def names_of(self, name: str) -> list[str]:
+        """Return every name of the parameter or buffer called `name`."""
+        return self._aliases.get(id(self.find(name)), [name]) if self.shared else [name]
 
     def module(self, name: str) -> nn.Module:
         """Return the module called `name`; raises `StructureError` where there is none."""
