@@ -111,7 +111,7 @@ def fewer(data: ImageData, images: int) -> ImageData:
 
 
 def ours(parent, data, options, settings, choices, example) -> dict[str, Any]:
-    chosen = PruneSettings(epochs=options.epochs, seed=options.seed, **choices)
+    chosen = PruneSettings(epochs=options.epochs, seed=options.seed, redistribute=False, **choices)
     found = prune(parent, data, options.budget, chosen, train_settings=settings, device="cpu")
     return {
         **scores(found.model, data, example),

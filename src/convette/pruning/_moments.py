@@ -167,7 +167,9 @@ class Gathering:
         self.calls += 1
         layout = self.layouts[parameter]
         found = as_rows(module, value, layout, self.rows, f"{parameter}:{self.calls}")
-        self.moments.setdefault(parameter, Moments.zeros(layout)).add(found, where=f"{self.asker}: {parameter}")
+        if parameter not in self.moments:
+            self.moments[parameter] = Moments.zeros(layout)
+        self.moments[parameter].add(found, where=f"{self.asker}: {parameter}")
 
 
 Note = Callable[[str, nn.Module, Tensor], None]

@@ -142,8 +142,8 @@ class Run:
     def shrink(self, network: nn.Module, selection: Mapping[str, Tensor]) -> None:
         """Cut `network` to `selection`, in place; what stays takes over what goes if that is asked for."""
         graph = trace(network, self.example)
-        if self.settings.redistribute:
-            redistribute(network, graph, selection, self.calibration())
+        if self.settings.redistribute and self.data is not None:
+            redistribute(network, graph, selection, self.calibration(), ridge=None)
         cut(network, graph, selection)
 
     def check(self) -> Cost:
@@ -341,8 +341,6 @@ def _check_without_data(settings: PruneSettings) -> None:
         raise UsageError(
             f"allocation {settings.allocation} needs a data set, not only an example; use global or uniform."
         )
-    if settings.redistribute:
-        raise UsageError("prune.redistribute needs a data set to calibrate on, not only an example; leave it out.")
     if settings.epochs:
         raise UsageError(
             f"prune.epochs = {settings.epochs}: recovery needs a data set, not only an example; use epochs=0."
