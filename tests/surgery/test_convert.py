@@ -175,6 +175,9 @@ def test_places():
     assert names("last in block") == [f"layer{i}.{j}.bn2" for i in (1, 2, 3) for j in (0, 1)]
     assert names("first in stage") == ["layer1.0.bn1", "layer2.0.bn1", "layer3.0.bn1"]
     assert names("last in stage", exclude="layer2.*") == ["layer1.1.bn2", "layer3.1.bn2"]
+    flat = nn.Sequential(*(layer for width in (4, 6) for layer in (nn.Conv2d(3, width, 3, 2), nn.BatchNorm2d(width))))
+    edits = surgery.convert_edits(flat, {nn.BatchNorm2d: nn.InstanceNorm2d}, where="first in stage")
+    assert [edit.module for edit in edits] == ["1", "3"]  # the same stages as "stage:1" and "stage:2"
     assert names("all", include=["layer?.0.*", "bn1"], exclude="*.bn2") == [
         "bn1",
         "layer1.0.bn1",

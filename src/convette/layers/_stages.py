@@ -24,6 +24,10 @@ class Stage:
         """The module whose result the next stage reads."""
         return self.modules[-1]
 
+    def holds(self, name: str) -> bool:
+        """Return whether the module called `name` is one of the stage's or stands within one."""
+        return any(f"{name}.".startswith(f"{part}.") for part in self.modules)
+
 
 def stages(model: nn.Module) -> list[Stage]:
     """Return the stages of `model` in order.

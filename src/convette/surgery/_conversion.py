@@ -173,8 +173,8 @@ def check_words(words: Sequence[str]) -> None:
 def _placed(model: nn.Module, names: list[str], word: str) -> list[str]:
     if not word.startswith(_STAGE):
         return chosen_places(model, names, word)
-    modules = _stage(model, word).modules
-    return [name for name in names if any(name == one or name.startswith(f"{one}.") for one in modules)]
+    stage = _stage(model, word)
+    return [name for name in names if stage.holds(name)]
 
 
 def _stage(model: nn.Module, word: str) -> Any:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from convette._progress import note
 from convette.errors import StructureError, did_you_mean
 from convette.layers import find_layer, is_layer
+from convette.layers._stages import stages
 from convette.layers._watching import hooked
 from convette.surgery._apply import StructureChange, apply
 from convette.surgery._constructing import constructor_name, from_attributes, is_plain, layer_class, listed
@@ -83,12 +84,13 @@ def convert_edits(
     ``"module:Class"`` or a `Replacement` with arguments; subclasses match too, the most special policy wins.
     `include` and `exclude` are patterns of module names (``"layer?.*.bn1"``). `where` chooses among the layers left:
     one of `WHERE`; a block is the innermost module of two weighty layers or more that has a number in a sequence or a
-    sibling of its class, a stage the module it stands in. Arguments the new class asks for are taken from the old
-    layer's attributes of the same name or meaning; the number of channels, where the old layer does not say, from a
-    run on `example` (without one: on noise of the first size of image that the network takes).
+    sibling of its class, a stage what "stage:N" of a `Conversion` is: ``layer1`` ..., or the part of one map size.
+    Arguments the new class asks for are taken from the old layer's attributes of the same name or meaning; the number
+    of channels, where the old layer does not say, from a run on `example` (without one: on noise of the first size of
+    image that the network takes).
 
     A policy that fits no layer, while another does, is noted. Raises `StructureError` where nothing matches, or an
-    argument is neither given nor found.
+    argument is neither given nor found, `UsageError` for stages of a network in which none are found.
     """
     if where not in WHERE:
         raise StructureError(f"where {where!r}:{did_you_mean(where, WHERE)}")
@@ -178,6 +180,9 @@ def chosen_places(model: nn.Module, names: list[str], where: str) -> list[str]:
     """Return those of `names` (in the model's order) that stand at the place `where`, see `convert_edits`."""
     if where == "all":
         return names
+    if where.endswith("stage"):
+        within = [[name for name in names if stage.holds(name)] for stage in stages(model)]
+        return [group[0 if where.startswith("first") else -1] for group in within if group]
     block_of = {name: _block(model, name) for name in names}
     inside = [name for name, _ in model.named_modules() if _block(model, name)]
     order = {name: k for k, (name, _) in enumerate(model.named_modules())}
@@ -187,8 +192,7 @@ def chosen_places(model: nn.Module, names: list[str], where: str) -> list[str]:
     held: dict[str, list[str]] = {}
     for name in names:
         if block_of[name]:
-            key = block_of[name] if where.endswith("block") else block_of[name].rpartition(".")[0]
-            held.setdefault(key, []).append(name)
+            held.setdefault(block_of[name], []).append(name)
     return [group[0 if where.startswith("first") else -1] for group in held.values()]
 
 

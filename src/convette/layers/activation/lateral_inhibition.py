@@ -242,11 +242,8 @@ def inhibition_sites(model: nn.Module, where: str = "stage_end") -> list[str]:
         and (module.groups == 1 or module.groups < module.in_channels)
     ]
     if where == "stage_end":
-        found = [
-            mine[-1]
-            for stage in stages(model)
-            if (mine := [name for name in found if any(f"{name}.".startswith(f"{part}.") for part in stage.modules)])
-        ]
+        within = [[name for name in found if stage.holds(name)] for stage in stages(model)]
+        found = [names[-1] for names in within if names]
     elif where != "all":
         raise UsageError(f"add_inhibition: where {where!r} is none of 'stage_end', 'all'.")
     if not found:
