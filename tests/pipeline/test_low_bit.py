@@ -102,3 +102,17 @@ def test_a_size_out_of_reach_is_refused_before_training(tmp_path):
     with pytest.raises(BudgetError, match="smallest"):
         run_recipe(build_recipe(QUICK, {"budget.limits": "size<=300B"}), FIT, out=tmp_path / "run")
     assert not (tmp_path / "run" / "train").exists()
+
+
+def test_a_network_trained_with_rounding_ships_as_it_was_measured(tmp_path):
+    tables = {**QUICK, "method": ["QuantizationAware; bits=4"], "train": {**QUICK["train"], "learning_rate": 0.01}}
+    stages = ("data", "model", "train", "quantize", "export", "verify")
+    result = run_recipe(build_recipe(tables), stages, out=tmp_path / "run")
+    model = load(result.files["model"])
+    assert [layer.bits for layer in model.modules() if isinstance(layer, PackedConv2d)][1:3] == [4, 4]
+    assert "trained with rounding" in read_result(tmp_path / "run", "quantize").reason
+    verified = read_result(tmp_path / "run", "verify")
+    (check,) = verified.files
+    assert check.engine == "onnxruntime:cpu:int8" and check.passed
+    assert verified.file_after < 0.3 * verified.file_before
+    assert verified.test_after.accuracy == verified.test_before.accuracy  # packed, nothing more

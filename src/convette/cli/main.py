@@ -15,6 +15,7 @@ from convette.cli.explain import explain
 from convette.cli.export import export
 from convette.cli.fit import fit
 from convette.cli.prune import prune
+from convette.cli.quantize import quantize
 from convette.cli.recipe import recipe
 from convette.cli.show import show
 from convette.cli.train import train
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (fit, train, prune, cost, export, explain, compare, show, catalogue, recipe):
+for verb in (fit, train, prune, quantize, cost, export, explain, compare, show, catalogue, recipe):
     app.command(verb.__name__)(verb)
 
 

@@ -212,7 +212,9 @@ class _Reader:
     """ONNX Runtime's way to be given calibration batches."""
 
     def __init__(self, images: np.ndarray, name: str) -> None:
-        self._batches = iter(np.split(images, range(_BATCH, len(images), _BATCH)))
+        # All of one size: its histograms cannot be made of batches of several.
+        size = next(size for size in range(_BATCH, 0, -1) if len(images) % size == 0)
+        self._batches = iter(np.split(images, len(images) // size))
         self._name = name
 
     def get_next(self) -> dict[str, np.ndarray] | None:

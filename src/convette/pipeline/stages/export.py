@@ -8,6 +8,7 @@ from convette import models
 from convette._files import replacing
 from convette._progress import note
 from convette.cost import format_bytes
+from convette.layers.quantization.deployed import quantized_layers
 from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.conversion import deployed
 from convette.pipeline.results import ExportedFile, ExportResult, FileFormat, QuantizationResult, read_result
@@ -25,7 +26,7 @@ def export_network(run: Run, folder: Path) -> ExportResult:
     for reason in dict.fromkeys(kept.values()):
         names = [name for name, one in kept.items() if one == reason]
         note(f"export: not folded, {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}")
-    low_bit = run.final_stage() == "quantize"
+    low_bit = bool(quantized_layers(model))
     files = [_described(run, folder / MODEL_FILE, "convette", "low-bit" if low_bit else "fp32")]
     for form in run.recipe.export.formats:
         path = export(model, run.example, folder / f"model{SUFFIXES[form]}", to=form)

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+from torch import nn
+
 from convette._progress import note
 from convette.cost import count
+from convette.layers.quantization.deployed import quantized_layers
+from convette.layers.quantization.edits import pack_layers
 from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.conversion import deployed
 from convette.pipeline.few_bits import images_of, rounded, tried_text
@@ -16,9 +20,12 @@ from convette.training import evaluate
 
 def quantize_network(run: Run, folder: Path) -> QuantizationResult:
     """Measure the precisions on the engines and keep the int8 file if it is faster and accurate enough."""
+    network = run.network(run.final_stage())
+    if quantized_layers(network):
+        return pack_trained(run, network, folder)
     if run.few_bits:
         return low_bit_network(run, folder)
-    model, _ = deployed(run.network(run.final_stage()), run.example)
+    model, _ = deployed(network, run.example)
     result = quantize(model, run.data, run.recipe.quantize, out=folder)
     note(f"quantize: {result.reason}")
     return QuantizationResult(
@@ -40,6 +47,18 @@ def quantize_network(run: Run, folder: Path) -> QuantizationResult:
         precision=result.chosen.precision,
         reason=result.reason,
         file=result.chosen.path.name if result.quantized else None,
+    )
+
+
+def pack_trained(run: Run, network: nn.Module, folder: Path) -> QuantizationResult:
+    """Pack a network that was trained with rounding: it computes the same, in few bits on the disk."""
+    layers = [layer.bits for layer in quantized_layers(network).values()]
+    counts = ", ".join(f"{layers.count(bits)} layers in {bits} bits" for bits in sorted(set(layers)))
+    reason = f"trained with rounding: {counts}; nothing is left to quantise."
+    run.save(pack_layers(network), folder / MODEL_FILE)
+    note(f"quantize: {reason}")
+    return QuantizationResult(
+        candidates=[], failures=[], kept="low_bit", precision=f"int{min(layers)}", reason=reason, file=None
     )
 
 
