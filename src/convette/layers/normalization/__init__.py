@@ -1,5 +1,6 @@
 """Normalisers of activations and weights that drop into any network, and fold out of it where that is possible."""
 
+from convette.layers.normalization._sparsestmax import sparsemax, sparsestmax
 from convette.layers.normalization.bilinear_normalization import (
     BL,
     TABL,
@@ -60,8 +61,6 @@ from convette.layers.normalization.sparse_switchable_normalization import (
     TwoMomentNorm2d,
     collapse,
     ratio_parameters,
-    sparsemax,
-    sparsestmax,
 )
 from convette.layers.normalization.weight_align import (
     AlignedWeight,
