@@ -69,8 +69,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if not options.page:
         (cifar if options.data == "cifar" else digits)(options)
-    if OUT.exists() and OUT_CIFAR.exists():
-        write_text(PAGE, page())
+    write_text(PAGE, page())
 
 
 def digits(options: argparse.Namespace) -> None:
@@ -173,7 +172,7 @@ def page() -> str:
         " (`redistribute`), by training, with the unpruned network as teacher (`distil`). Means with 95 % t-intervals;"
         " differences are paired by seed. Written by `benchmarks/recovery_table.py`.",
     ]
-    for file in (OUT_CIFAR, OUT):
+    for file in [file for file in (OUT_CIFAR, OUT) if file.exists()]:
         found = json.loads(file.read_text())
         parts += ["", f"## {'CIFAR-10' if file is OUT_CIFAR else 'Digits'}", "", found["summary"], ""]
         parts += ["| recovery | " + " | ".join(found["columns"]) + " |", "|---|" + "---:|" * len(found["columns"])]

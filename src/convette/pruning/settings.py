@@ -38,9 +38,10 @@ class PruneSettings:
     - `epochs`: recovery by training, over the whole run: every step gets ``epochs // steps``, the last the rest as
       well. 0: none.
     - `redistribute`: before each cut the weights that stay take over, by least squares on the calibration images, what
-      those that go did; without data, and in the schedules that cut while training, there is none. On, because it
-      gained in every pair that was measured: 15 to 40 points before training, and after it still what
-      ``docs/recovery.md`` says. It takes a pass over the calibration images and a solve a layer. `recalibrate`: batch-norm statistics are taken anew on training images after each cut.
+      those that go did; without data, and in schedules that cut while training, there is none. On because it gained in
+      all of 129 cuts of ResNet-20 and ResNet-56 tried with and without (25 points in the median, before training), and
+      13 after training on the digits (``docs/recovery.md``); a pass over the images and a solve a layer.
+    - `recalibrate`: batch-norm statistics are taken anew on training images after each cut.
     - `distil`: the unpruned network teaches during recovery; `distil_from`: by its "logits", by its "features" at the
       end of each stage as well, or "in_place", going on to learn itself.
     - `constraints`: what every cut keeps to, in a line: ``"multiple_of=8, minimum=16, whole_heads, keep stem*"``
