@@ -4,9 +4,9 @@
 
 Writes benchmarks/evidence/results/transformable-architecture-search.json; seeds that the file holds are kept. Per seed:
 a ResNet-20 is trained on 539 digits and cut once to 20 % or 50 % of its MACs, filters by L1 magnitude. Only the widths
-differ: one share for all layers (uniform), shares drawn at random and scaled to the same MACs (random), and those that the
-allocation `transformable_architecture_search` learns on 512 training images in 100 steps. Each is then trained for 6
-epochs, taught by the network before the cut; the last arm has TAS's widths without a teacher. Settings were written
+differ: one share for all layers (uniform), shares drawn at random and scaled to the same MACs (random), and those that
+the allocation `transformable_architecture_search` learns on 512 training images in 100 steps. Each is then trained for
+6 epochs, taught by the network before the cut; the last arm has TAS's widths without a teacher. Settings were written
 before any result, but for the 50 %: they were added because at 20 % no arm is better than a guess once cut.
 """
 

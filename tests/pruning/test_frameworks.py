@@ -1,10 +1,14 @@
 """Whole frameworks as schedules of `prune`, and TAS as an allocation."""
 
+import json
+
 import pytest
 import torch
 from tests.pruning.test_schedules import Deep
 from torch import nn
 
+from convette import models
+from convette.cli.main import main
 from convette.cost import Limit, WidthCost, count
 from convette.data import load_data
 from convette.errors import BudgetError, StructureError, UsageError
@@ -76,6 +80,19 @@ def test_what_a_framework_cannot_do_is_said_before_anything_is_trained(deep, dig
         PruneSettings(schedule="n2n", epochs=0)
     with pytest.raises(UsageError, match="data set"):
         prune(deep, digits.preprocessing(digits.train.images([0])), "macs<=50%", PruneSettings(schedule="n2n"))
+
+
+def test_the_command_line_reaches_the_frameworks(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = "{removal_epochs = 0, shrink_epochs = 2, rollouts = 2, student_epochs = 0, least = 2}"
+    command = ["prune", "resnet8", "--data", "digits", "--budget", "params<=90%", "--schedule", "n2n", "--epochs", "1"]
+    command += ["--set", f"prune.schedule_options={options}", "--device", "cpu", "--out", "a.safetensors", "-q"]
+    assert main([*command, "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert all(limit["met"] for limit in done["limits"]) and len(done["path"]) == 2
+    assert models.load("a.safetensors")(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    wrong = ["recipe", "--set", "prune.schedule=block_then_channel", "--set", "prune.schedule_options={roundz=2}"]
+    assert main(wrong) == 2 and "Did you mean 'rounds'" in capsys.readouterr().err
 
 
 class Useless(nn.Module):

@@ -64,7 +64,8 @@ def search(data: ImageData, settings: DASSSettings | None = None) -> DASSResult:
 
     first order, half of the training images each. The supernet's weights are thrown away: train the network found
     dense (`masks_off`), its scores (`CellNet.score_parameters`), then the weights under `masks_fixed`. Runs on the CPU.
-    Raises `TrainingError` for a loss that is not finite. Costs about one and a half DARTS searches.
+    Raises `TrainingError` for a loss that is not finite. Costs about one and a half DARTS searches. Source: Mousavi et
+    al., DASS, arXiv 2207.06968.
     """
     settings = settings or DASSSettings()
     with torch.random.fork_rng(devices=[]):
