@@ -22,7 +22,7 @@ from convette.quantization import LowBitResult, low_bit
 from convette.quantization.low_bit_limited_data import settings_from
 from convette.training import distributed, evaluate
 
-HEADER = 3_500  # bytes of a file that are no weights
+HEADER = 5_000  # bytes of a file that are no weights: names, what was cut and when
 SCALES = 1.05  # with scales and biases; batch norms, which the float network has besides, are folded
 JUDGED = 4  # networks are compared after this part of the distillation
 
