@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from convette.cost import Limit, WidthCost
 from convette.errors import StructureError, UsageError
+from convette.layers._watching import in_eval, keeping_gradients
 from convette.pruning._units import Scores, finite_scores
 from convette.pruning.allocation._ladder import Ladder, WidthRules, build_ladders
 from convette.pruning.allocation._search import (
@@ -67,7 +68,8 @@ def information_gain(
     readers = {group.name: found for group in graph.groups if group.size and (found := _readers(model, group))}
     totals = {name: torch.zeros(graph[name].size) for name in readers}
     generator, seen = torch.Generator().manual_seed(seed), 0
-    with _evaluating(model):
+    with in_eval(model), keeping_gradients(model.parameters()):
+        model.requires_grad_(False)
         for images, _ in calibration or ():
             found = (
                 _fisher(model, images, readers, float(temperature), generator)
@@ -193,20 +195,6 @@ def _heads(outputs: Any) -> list[Tensor]:
         return [outputs]
     parts = outputs.values() if isinstance(outputs, Mapping) else outputs
     return [part for part in parts if isinstance(part, Tensor) and part.ndim == 2]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        for parameter, flag in needed.items():
-            parameter.requires_grad_(flag)
 
 
 def opti_cut(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from convette.errors import UsageError
 from convette.layers import replace_modules
+from convette.layers._convolutions import pair
 from convette.layers.quantization.binary_networks import BinaryConv2d, PackedBinaryConv2d, _scaled
 from convette.runtime import _binary_kernels
 from convette.runtime._compiling import compiled
@@ -61,7 +62,7 @@ class XnorConv2d(nn.Module):
         signs = layer.signs()
         filters, channels, *size = signs.shape
         self.size, self.channels, self.filters = (int(size[0]), int(size[1])), channels, filters
-        self.strides, self.pads, self.dilations = (_pair(x) for x in (layer.stride, layer.padding, layer.dilation))
+        self.strides, self.pads, self.dilations = (pair(x) for x in (layer.stride, layer.padding, layer.dilation))
         self.padding_value = layer.padding_value
         alpha = layer.alpha if isinstance(layer.alpha, Tensor) else layer.alpha()
         self.register_buffer("alpha", alpha.detach().float().clone())
@@ -152,7 +153,3 @@ def pack_words(positive: np.ndarray) -> np.ndarray:
     wide = np.pad(positive, [(0, 0)] * (positive.ndim - 1) + [(0, missing)])
     packed = np.packbits(wide, axis=-1, bitorder="little")
     return np.ascontiguousarray(packed).view("<u8").astype(np.uint64)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from convette._progress import note
 from convette.errors import ConvetteError, StructureError
+from convette.layers._watching import hooked, in_eval
 from convette.layers.quantization.deployed import quantized_layers
 from convette.layers.quantization.fake_quantize import QuantConv2d, QuantLinear
 from convette.layers.quantization.packed import PackedConv2d, PackedLinear
@@ -79,18 +80,15 @@ def quantize_layers(
     Export the trained network as any other: `convette.export` writes integers. Raises `DataError` for images no range
     can be learnt from, `StructureError` where no layer can be quantised.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     carry_out = edit or (lambda edits: apply(model, *edits))
-    folds = fold_edits(model, example)
-    if folds:
-        carry_out(folds)
-    widths = layer_bits(model, bits, ends_8_bits)
-    activations = layer_bits(model, activation_bits, ends_8_bits and activation_bits > 0)
-    carry_out(edits_to_quantize(model, widths, activations, scale_groups))
-    calibrate(model, images, observer)
-    for module, mode in modes:
-        module.training = mode
+    with in_eval(model):
+        folds = fold_edits(model, example)
+        if folds:
+            carry_out(folds)
+        widths = layer_bits(model, bits, ends_8_bits)
+        activations = layer_bits(model, activation_bits, ends_8_bits and activation_bits > 0)
+        carry_out(edits_to_quantize(model, widths, activations, scale_groups))
+        calibrate(model, images, observer)
     return model
 
 
@@ -136,21 +134,15 @@ def _inputs(model: nn.Module, layers: Mapping[str, Any], images: Tensor, batch_s
             kept[name].append(torch.cat([flat[:: max(1, len(flat) // most)], extremes]))
 
         handles.append(layer.register_forward_pre_hook(keep))
-    modes = [(module, module.training) for module in model.modules()]
-    bypassed = [(layer, layer.forward) for layer in layers.values()]
-    model.eval()
     try:
-        for layer, _ in bypassed:
+        for layer in layers.values():
             layer.forward = _plain(layer)
-        for part in images.split(batch_size):
-            model(part)
+        with hooked(handles), in_eval(model):
+            for part in images.split(batch_size):
+                model(part)
     finally:
-        for layer, _ in bypassed:
+        for layer in layers.values():
             del layer.forward
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in kept.items()}
 
 
