@@ -12,11 +12,13 @@ from convette.pruning.methods.hierarchical_group_sparsity import (
     hierarchical_group_penalty,
     silent_columns,
 )
+from convette.pruning.methods.linear_redundancy import AnnealedRedundancy
 from convette.pruning.methods.progressive_gradient_pruning import ProgressiveGradientPruning
 from convette.pruning.methods.soft_pruning import SoftPruning
 from convette.pruning.methods.sparsity import GradualSparsity, KeepSparsity
 
 __all__ = [
+    "AnnealedRedundancy",
     "DynamicChannelPropagation",
     "GradualPruning",
     "GradualSparsity",
