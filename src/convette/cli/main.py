@@ -18,6 +18,7 @@ from convette.cli.prune import prune
 from convette.cli.quantize import quantize
 from convette.cli.recipe import recipe
 from convette.cli.show import show
+from convette.cli.split import split
 from convette.cli.train import train
 from convette.errors import ConvetteError, InterruptedRun, did_you_mean
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (fit, train, prune, quantize, cost, export, explain, compare, show, catalogue, recipe):
+for verb in (fit, train, prune, quantize, cost, export, split, explain, compare, show, catalogue, recipe):
     app.command(verb.__name__)(verb)
 
 
