@@ -1,7 +1,9 @@
 """Pruned for measured latency against pruned for MACs, at the same measured latency; and what a latency table knows.
 
-    python benchmarks/latency_budget.py                                    # about a quarter of an hour on one core
-    python benchmarks/latency_budget.py --networks resnet18 --engines onnxruntime:cpu --size 64 --budget 60
+    python benchmarks/latency_budget.py                      # a quarter of an hour and more on one core, or in parts:
+    python benchmarks/latency_budget.py --networks resnet18 --engines openvino:cpu
+
+Parts of equal settings are added to those that the file holds.
 
 Networks of the shapes of MobileNetV2 and ResNet-18, untrained. For each network and engine:
 
@@ -16,6 +18,7 @@ benchmarks/results/latency_budget.json.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -40,12 +43,25 @@ NAMES = {"mobilenet_v2": "torchvision:mobilenet_v2", "resnet18": "torchvision:re
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    started, found = time.perf_counter(), {}
+    started = time.perf_counter()
+    found, before = earlier(options)
     for name in options.networks:
         for engine in options.engines:
             note(f"--- {name} on {engine}")
             found[f"{name}, {engine}"] = one(name, engine, options)
-            write_json(options.out, report(found, options, time.perf_counter() - started))
+            write_json(options.out, report(found, options, before + time.perf_counter() - started))
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("size", "budget", "points", "seconds", "random")}
+
+
+def earlier(options: argparse.Namespace) -> tuple[dict[str, Any], float]:
+    """Return what the file holds of runs with the same settings, and the seconds they took."""
+    held = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if held.get("settings") != settings_of(options):
+        return {}, 0.0
+    return held["results"], held["seconds"]
 
 
 def one(name: str, engine: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -149,6 +165,7 @@ def report(found: dict[str, Any], options: argparse.Namespace, seconds: float) -
         "columns": ["error", "rank", "latency left", "MACs left", "L1 score left"],
         "rows": rows,
         "results": found,
+        "settings": settings_of(options),
         **provenance(seconds),
     }
 

@@ -2,7 +2,7 @@
 
     python benchmarks/evidence/edge_split.py [--seeds 3] [--shared ../shared/data]
 
-Writes benchmarks/evidence/results/edge-split.json. Fashion-MNIST at 56 px, 3000 training and 2000 test images; a small
+Writes benchmarks/evidence/results/edge-split.json. Fashion-MNIST at 56 px, 2400 training and 2000 test images; a small
 residual network (Bi-Real-18's real twin, a quarter of its width) per seed, its first stage replaced by a bottleneck of
 3 channels. HND imitates that stage, GHND the later ones too; 4 epochs each. Settings fixed before any result. Expected
 from the sheet: GHND within 1 to 3 points of the teacher, HND 0 to 3 lower, 8 bits cost less than 0.3, the filter's
@@ -41,7 +41,7 @@ from convette.runtime.edge_split import (
 )
 
 RESULT = Path(__file__).parent / "results" / "edge-split.json"
-SIDE, TRAIN, TEST, EPOCHS, CHANNELS, DEVICE = 56, 3000, 2000, 4, 3, 20
+SIDE, TRAIN, TEST, EPOCHS, CHANNELS, DEVICE = 56, 2400, 2000, 4, 3, 20
 RATES = (2e4, 1e5, 5e5, 1e7)
 AT, LATER = "stages.0", ("stages.1", "stages.2", "stages.3")
 
