@@ -10,6 +10,7 @@ from convette import models, surgery
 from convette._progress import note
 from convette.cost import Cost, count, format_count
 from convette.data import ImageData
+from convette.errors import BudgetError
 from convette.pipeline._latency import measurer
 from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.conversion import convert_network
@@ -96,7 +97,15 @@ def _check_budget(run: Run, model: nn.Module, data: ImageData) -> Cost | None:
         example = data.preprocessing(data.train.images([0]))
         budget = float_budget(budget, min(run.bits_tried), count(model, example))
     measure = measurer(budget, run.recipe.run.contention)
-    return check_budget(model, data, budget, run.recipe.prune, measure=measure)
+    try:
+        return check_budget(model, data, budget, run.recipe.prune, measure=measure)
+    except BudgetError as error:
+        if not run.bits_tried:
+            raise
+        raise BudgetError(
+            f"{run.budget}: out of reach with {min(run.bits_tried)} bits a weight. In float32, before rounding: "
+            f"{error} quantize.tried and quantize.bits name the bits."
+        ) from error
 
 
 STAGE = Stage("model", choose_model)
