@@ -152,8 +152,9 @@ def test_named_sources_and_new_channels_learn():
             optimizer.zero_grad()
             model(images).square().sum().backward()
             optimizer.step()
+        # In front of a ReLU, which lets no gradient through at zero, "zero_in" learns nothing; on a stream it does.
         assert not torch.equal(model.pieces[0].second.weight[:, 4:], columns[:, 4:]) or mode == "zero_in"
-        assert (rows[4:] == 0).all() == (mode == "zero_in")
+        assert bool(rows[4:].all()), "in front of a norm that is zero, weights of zero would never learn"
         assert (columns[:, 4:] == 0).all() == (mode == "zero_out")
 
 

@@ -88,3 +88,24 @@ def test_opaque_function_freezes_or_is_refused_but_is_never_wrong():
         with pytest.raises(StructureError):
             surgery.apply(model, graph.shrink({group.name: torch.arange(2)}), example=images, prove=True)
     model(images)
+
+
+def test_a_wrong_guess_in_every_block_is_withdrawn_from_all_at_once():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            # 20 of 24 channels will stay, 4 times this number: it looks as if it held the width, and does not.
+            self.count = 5
+            self.inner, self.outer = nn.Linear(24, 24), nn.Linear(24, 24)
+
+        def forward(self, x):
+            five = torch.arange(self.count) + torch.arange(5)
+            y = self.inner(x) * torch.arange(1.0, 25.0) + five.sum()
+            return x + self.outer(y.reshape(x.shape))
+
+    model = nn.Sequential(nn.Linear(3, 24), *(Block() for _ in range(9)), nn.Linear(24, 2)).eval()
+    tokens = torch.randn(2, 7, 3)
+    graph = surgery.trace(model, tokens)
+    edit = graph.shrink({"0": torch.arange(20)})
+    surgery.apply(model, edit, example=tokens, prove=True)
+    assert all(block.count == 5 for block in model[1:-1]) and len(edit.rewrites) == 9

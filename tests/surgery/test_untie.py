@@ -154,8 +154,64 @@ def test_pruning_criteria_score_what_only_reads():
     assert "layer1.0.conv1.gather: 16 channels, picked from a stream" in surgery.units_text(graph)
     assert "layer1.0.conv1.gather" in surgery.units_svg(graph)
     assert "placed by layer1.0.bn2.scatter.index" in graph.explain("layer1.0.conv2", 3)
-    with pytest.raises(StructureError, match="part of an un-tied stream"):
-        surgery.grow(graph, {"layer1.0.conv2": 2})
+
+
+def test_what_was_cut_from_a_stream_grows_again():
+    model, images = made("resnet20")
+    surgery.apply(model, surgery.untie(surgery.trace(model, images)))
+    graph = surgery.trace(model, images)
+    kept = {"layer2.1.conv2": torch.tensor([0, 3, 30]), "layer2.2.conv1.gather": torch.tensor([1, 3, 5, 31])}
+    surgery.apply(model, graph.shrink(kept))
+    before, state = outputs(model, images), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, mode, places in (
+        ("layer2.1.conv2", "zero_in", [0, 3, 30, 1, 2]),
+        ("layer2.2.conv1.gather", "zero_out", [1, 3, 5, 31, 0, 2]),
+    ):
+        graph = surgery.trace(model, images)
+        with pytest.raises(StructureError, match=f"un-tied stream: its channels grow by mode '{mode}'"):
+            surgery.grow(graph, {name: 2}, "split")
+        with pytest.raises(StructureError, match=r"un-tied stream of 32 channels, of which (28|29) are free"):
+            surgery.grow(graph, {name: 30}, mode)
+        edit = surgery.grow(graph, {name: 2}, mode)
+        assert surgery.edit_from_json(json.loads(json.dumps(edit.to_json()))) == edit
+        fresh = copy.deepcopy(model)
+        change = surgery.apply(model, edit, example=images, prove=True)
+        change.migrate(fresh)
+        index = next(tensor for key, tensor in model.named_buffers() if key in edit_indices(edit))
+        assert index.tolist() == places
+        assert torch.allclose(outputs(model, images), before, rtol=0, atol=1e-12)
+        assert torch.equal(outputs(fresh, images), outputs(model, images))
+        trained = copy.deepcopy(model).train()
+        trained(images).square().sum().backward()
+        # The new channels learn: through the norm that is zero, or through the weights that read them.
+        if mode == "zero_in":
+            assert bool(trained.layer2[1].bn2.layer.weight.grad[-2:].all())
+        else:
+            assert bool(trained.layer2[2].conv1.layer.weight.grad[:, -2:].any())
+        surgery.apply(model, *surgery.ungrow(surgery.trace(model, images), edit))
+        after = model.state_dict()
+        assert all(torch.equal(after[key], tensor) for key, tensor in state.items())
+
+
+def edit_indices(edit):
+    return {name for (name, _), item in edit.widened.items() if item.role == "index"}
+
+
+def test_places_of_a_stream_that_cannot_be_are_refused():
+    model, images = made("resnet20")
+    surgery.apply(model, surgery.untie(surgery.trace(model, images)))
+    graph = surgery.trace(model, images)
+    surgery.apply(model, graph.shrink({"layer2.1.conv2": torch.tensor([0, 3, 30])}))
+    edit = surgery.grow(surgery.trace(model, images), {"layer2.1.conv2": 1}, "zero_in")
+    written = json.dumps(edit.to_json())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for place in (0, 32):
+        wrong = json.loads(written)
+        for entry in wrong["entries"]:
+            entry["source"] = [place] if entry["role"] == "index" else entry["source"]
+        with pytest.raises(StructureError, match="names already or the stream does not have"):
+            surgery.apply(model, surgery.edit_from_json(wrong))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Growing: channels added to a network that goes on computing what it computed."""
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,15 +20,17 @@ from convette.surgery._edits import (
     _number,
     _runs,
     _size,
+    find_module,
     find_tensor,
     holders,
     replace_tensor,
 )
 from convette.surgery._rewrites import free_heads, rewrite_calls
 from convette.surgery._slicing import sliced
+from convette.surgery._untie import Gather, Scatter
 
 MODES = ("split", "zero_in", "zero_out")
-_ROLES = ("producer", "consumer", "affine")
+_ROLES = ("producer", "alive", "consumer", "affine", "index")
 # What a file may ask for: more is a damaged number, which would ask for all the memory there is.
 _MOST_NEW = 1 << 20
 _MOST_ELEMENTS = 1 << 31
@@ -38,7 +41,9 @@ class Widening:
     """New entries along one dimension of one tensor: the places they take, and the old entry each belongs to.
 
     Old entries fill the other places in their order. `role` says what the dimension does for its channels: "producer"
-    (rows that compute them), "consumer" (columns that read them), "affine" (one value a channel).
+    (rows that compute them), "alive" (the same, drawn even in the mode "zero_in", as a norm behind them is zero),
+    "consumer" (columns that read them), "affine" (one value a channel), "index" (their places in an un-tied stream;
+    `source` then holds the places of the new ones).
     """
 
     role: str
@@ -200,8 +205,8 @@ def _widen(model: nn.Module, edit: Grow, change: Change) -> None:
     places = holders(model)
     for name, dims in by_name.items():
         old = find_tensor(model, name)
-        _check(name, dims, old)
-        index = {dim: item.index(old.shape[dim]) for dim, item in dims.items()}
+        _check(model, name, dims, old)
+        index = {dim: _behind(item, old.shape[dim]) for dim, item in dims.items()}
         new = sliced(old.detach(), index)
         _fill(new, old.shape, name, dims, edit)
         if isinstance(old, nn.Parameter):
@@ -215,7 +220,7 @@ def _widen(model: nn.Module, edit: Grow, change: Change) -> None:
         replace_tensor(places[id(old)], old, new, change)
 
 
-def _check(name: str, dims: Mapping[int, Widening], tensor: Tensor) -> None:
+def _check(model: nn.Module, name: str, dims: Mapping[int, Widening], tensor: Tensor) -> None:
     elements = 1
     for dim, size in enumerate(tensor.shape):
         elements *= size + (len(dims[dim].new) if dim in dims else 0)
@@ -228,8 +233,20 @@ def _check(name: str, dims: Mapping[int, Widening], tensor: Tensor) -> None:
         increasing = all(a < b for a, b in zip(item.new, item.new[1:], strict=False))
         if not item.new or not increasing or item.new[0] < 0 or item.new[-1] >= size + len(item.new):
             raise StructureError(f"the edit's new places in {name!r} are not increasing numbers within its new size.")
-        if len(item.source) != len(item.new) or min(item.source) < 0 or max(item.source) >= size:
+        if item.role == "index":
+            _check_places(model, name, item)
+        elif len(item.source) != len(item.new) or min(item.source) < 0 or max(item.source) >= size:
             raise StructureError(f"the edit copies entries that {name!r}, {size} long, does not have.")
+
+
+def _check_places(model: nn.Module, name: str, item: Widening) -> None:
+    owner, _, leaf = name.rpartition(".")
+    holder = find_module(model, owner)
+    if not isinstance(holder, Gather | Scatter) or leaf != "index":
+        raise StructureError(f"the edit adds places of a stream to {name!r}, which holds none.")
+    named = [*holder.index.tolist(), *item.source]
+    if len(item.source) != len(item.new) or len(set(named)) < len(named) or max(item.source) >= holder.width:
+        raise StructureError(f"the edit adds places to {name!r} that it names already or the stream does not have.")
 
 
 def _orphaned(index: Tensor, item: Widening) -> Tensor:
@@ -241,8 +258,18 @@ def along(vector: Tensor, dim: int, like: Tensor) -> Tensor:
     return vector.to(like).view([-1 if axis == dim else 1 for axis in range(like.ndim)])
 
 
+def _behind(item: Widening, size: int) -> Tensor:
+    """Return the old entry behind each place; new places in a stream have none, and are written by `_fill`."""
+    if item.role == "index":
+        item = dataclasses.replace(item, source=(0,) * len(item.new))
+    return item.index(size)
+
+
 def _fill(new: Tensor, shape: Sequence[int], name: str, dims: Mapping[int, Widening], edit: Grow) -> None:
     if not new.is_floating_point():
+        for item in dims.values():
+            if item.role == "index":
+                new[list(item.new)] = torch.tensor(item.source, device=new.device)
         return
     draw = torch.Generator().manual_seed((edit.seed * 1_000_003 + zlib.crc32(name.encode())) % (1 << 63))
     if edit.mode == "split":
@@ -255,7 +282,7 @@ def _fill(new: Tensor, shape: Sequence[int], name: str, dims: Mapping[int, Widen
     drawn, nought = ("producer", "consumer") if edit.mode == "zero_out" else ("consumer", "producer")
     # Zeros last: an entry that is new in two dimensions must be zero as soon as one of them asks for it.
     for dim, item in dims.items():
-        if item.role == drawn and new.ndim > 1:
+        if item.role in (drawn, "alive") and new.ndim > 1:
             places = torch.tensor(item.new, device=new.device)
             new.index_copy_(dim, places, _random(new, dim, len(item.new), draw))
         elif edit.mode == "zero_out" and (item.role == drawn or name.endswith(("running_mean", "running_var"))):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from convette.errors import StructureError
-from convette.surgery._edits import Shrink, find_tensor
+from convette.surgery._edits import Shrink, find_module, find_tensor
 from convette.surgery._graph import ChannelGraph
 from convette.surgery._groups import Group, Member
 from convette.surgery._grow import MODES, Grow, Scale, Widening, old_places
@@ -17,6 +17,7 @@ from convette.surgery._records import Layers, SizeCall
 from convette.surgery._shrinking import _follows_from_class, _new_groups, _probed, _static_attributes, shrink_edit
 from convette.surgery._sizes import Expectation, Sizes
 from convette.surgery._trial import trial_error
+from convette.surgery._untie import Scatter
 
 Plan = Mapping[str, int | Sequence[int]]
 
@@ -32,6 +33,9 @@ def grow(
     tolerance: float = 1e-5,
 ) -> Grow:
     """Return the edit that adds units to groups while the network goes on computing the same.
+
+    Channels that are added to an un-tied stream grow by "zero_in", those read from one by "zero_out": they take the
+    first places of the stream that are free.
 
     `plan` maps a group's name to a number of new units (their sources are drawn by `seed`, each unit equally often
     as far as possible) or to the list of source units, one for each new unit. New units go to the end of the group,
@@ -49,7 +53,7 @@ def grow(
         raise StructureError(f"noise {noise}: a number from 0 to 1, for the mode 'split' only.")
     draw = torch.Generator().manual_seed(seed)
     sources = {name: _sources(graph[name], wanted, draw) for name, wanted in plan.items()}
-    widened = _widenings(graph, sources)
+    widened = _widenings(graph, sources, mode)
     expectation = Growth(graph.roots, _counts(graph, sources))
     sizes = {key: range(find_tensor(graph.model, key[0]).shape[key[1]] + len(w.new)) for key, w in widened.items()}
     groups = _new_groups(graph, expectation)
@@ -63,7 +67,25 @@ def grow(
                 items[item.call] = (item, needed)
     if items and widened:
         edit = _probed(graph, edit, items)  # type: ignore[arg-type,assignment]
+    alive = _alive(graph, edit, plan) if mode == "zero_in" else edit
+    if alive != edit and trial_error(graph.model, [alive], graph.example, tolerance) <= tolerance:
+        return alive
     return _proved(graph, edit, sources, exact, tolerance)  # type: ignore[arg-type]
+
+
+def _alive(graph: ChannelGraph, edit: Grow, plan: Plan) -> Grow:
+    """Return `edit` with the weights in front of a norm drawn at random: where both are zero, neither learns."""
+    weights = {
+        (member.parameter, member.dim)
+        for name in plan
+        if graph[name].of("affine")
+        for member in graph[name].of("producer")
+        if find_tensor(graph.model, member.parameter).ndim > 1
+    }
+    widened = {
+        key: dataclasses.replace(item, role="alive") if key in weights else item for key, item in edit.widened.items()
+    }
+    return dataclasses.replace(edit, widened=widened)
 
 
 def _sources(group: Group, wanted: int | Sequence[int], draw: torch.Generator) -> list[list[int]]:
@@ -89,15 +111,18 @@ def _sources(group: Group, wanted: int | Sequence[int], draw: torch.Generator) -
     return result
 
 
-def _widenings(graph: ChannelGraph, sources: Mapping[str, list[list[int]]]) -> dict[tuple[str, int], Widening]:
+def _widenings(
+    graph: ChannelGraph, sources: Mapping[str, list[list[int]]], mode: str
+) -> dict[tuple[str, int], Widening]:
     inserts: dict[tuple[str, int], dict[int, list[int]]] = {}  # slot -> old place -> sources of what follows it
     roles: dict[tuple[str, int], str] = {}
+    places: dict[tuple[str, int], list[int]] = {}
     for name, parts in sources.items():
         group = graph[name]
         for member in group.members:
             key = (member.parameter, member.dim)
             if member.role == "index" and any(parts):
-                raise StructureError(f"group {name!r} is part of an un-tied stream: its channels cannot be more.")
+                places[key] = _free_places(graph, name, member, len(parts[0]), mode)
             roles[key] = member.role
             for number, units in enumerate(parts):
                 last = (number + 1) * (group.size // len(parts)) - 1
@@ -110,9 +135,24 @@ def _widenings(graph: ChannelGraph, sources: Mapping[str, list[list[int]]]) -> d
         for place in sorted(after):
             new += range(place + 1 + len(source), place + 1 + len(source) + len(after[place]))
             source += after[place]
-        made = Widening(roles[key], tuple(new), tuple(source))
+        made = Widening(roles[key], tuple(new), tuple(places.get(key, source)))
         result[key] = same.setdefault(made, made)
     return result
+
+
+def _free_places(graph: ChannelGraph, name: str, member: Member, count: int, mode: str) -> list[int]:
+    """Return the first `count` places of an un-tied stream that its index `member` does not name."""
+    index = find_module(graph.model, member.parameter.rpartition(".")[0])
+    needed = "zero_in" if isinstance(index, Scatter) else "zero_out"
+    if mode != needed:
+        raise StructureError(f"group {name!r} is part of an un-tied stream: its channels grow by mode {needed!r} only.")
+    taken = set(index.index.tolist())  # type: ignore[union-attr,operator]
+    free = [place for place in range(int(index.width)) if place not in taken]  # type: ignore[arg-type]
+    if len(free) < count:
+        raise StructureError(
+            f"group {name!r} is part of an un-tied stream of {index.width} channels, of which {len(free)} are free."
+        )
+    return free[:count]
 
 
 def _insert(after: dict[int, list[int]], member: Member, last: int, units: Sequence[int]) -> None:
