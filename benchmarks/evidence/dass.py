@@ -3,11 +3,12 @@
     python benchmarks/evidence/dass.py [--seeds 3]
 
 Writes benchmarks/evidence/results/dass.json; seeds that the file holds are kept. Per seed: two searches on 539 digits
-(one cell, 6 channels, 10 epochs, the same phases and settings) that differ in one thing: operations are judged by the
+(one cell, 16 channels, 10 epochs, the same phases and settings) that differ in one thing: operations are judged by the
 loss of the masked network (DASS), or of the dense one (as DARTS does; the masks are learned afterwards). Both cells,
-and one drawn at random, are then trained alike for 16 epochs at 95 % sparsity: dense, scores, what is left
+and one drawn at random, are then trained alike for 24 epochs at 90 % sparsity: dense, scores, what is left
 (`ScoreMasks`); the last arm takes the cell judged dense and magnitude masks instead of learned ones
-(`GradualSparsity`). Settings were written before any result.
+(`GradualSparsity`). Settings were written before any result of theirs; 6 channels and 95 %, tried first on one seed,
+left no cell better than a guess.
 """
 
 import argparse
@@ -31,8 +32,8 @@ from convette.pruning.methods import GradualSparsity, ScoreMasks
 from convette.training import Method, TrainSettings, evaluate, train
 
 OUT = Path(__file__).parent / "results" / "dass.json"
-SPARSITY, CELLS, CHANNELS = 0.95, 1, 6
-TRAIN = {"epochs": 16, "batch_size": 64, "augmentation": (), "precision": "fp32", "ema_decay": None}
+SPARSITY, CELLS, CHANNELS = 0.9, 1, 16
+TRAIN = {"epochs": 24, "batch_size": 64, "augmentation": (), "precision": "fp32", "ema_decay": None}
 ARMS = ("random cell", "judged dense, magnitude masks", "judged dense", "judged sparse")
 
 
@@ -47,9 +48,9 @@ def main() -> None:
         if str(seed) not in kept:
             started = time.perf_counter()
             kept[str(seed)] = {**one_seed(data, seed), "seconds": round(time.perf_counter() - started, 1)}
-            found = report(list(kept.values())) if len(kept) > 1 else {}
-            seconds = sum(run["seconds"] for run in kept.values())
-            write_json(OUT, {**found, "runs": kept, **provenance(seconds)})
+        found = report(list(kept.values())) if len(kept) > 1 else {}
+        seconds = sum(run["seconds"] for run in kept.values())
+        write_json(OUT, {**found, "runs": kept, **provenance(seconds)})
 
 
 def one_seed(data: ImageData, seed: int) -> dict[str, Any]:
