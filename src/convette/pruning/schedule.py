@@ -55,8 +55,8 @@ def prune(
 
     Under torchrun rank 0 decides what goes, all ranks cut alike. Costs, per step: scoring, some hundred cost
     predictions, the epochs. Raises `BudgetError` (with the smallest cost that can be reached, before anything is
-    trained), `UsageError` (data missing for the choices made, a checkpoint of another run) and `StructureError` (weights
-    or scores that are not finite).
+    trained), `UsageError` (data missing for the choices made, a checkpoint of another run) and `StructureError`
+    (weights or scores that are not finite).
     """
     start_distributed(device)
     check_finite(model)
