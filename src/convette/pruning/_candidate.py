@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from convette.pruning.allocation import WidthRules, build_ladders, find_allocati
 from convette.pruning.allocation._search import predicted, smallest_selection
 from convette.pruning.criteria import score_units
 from convette.pruning.settings import PruneSettings
-from convette.surgery import ChannelGraph, trace
+from convette.surgery import ChannelGraph
 
 Selection = Mapping[str, Tensor]
 
@@ -65,16 +64,18 @@ class Candidate:
 
 
 def prepare_candidate(
-    network: nn.Module,
-    example: Any,
+    free: ChannelGraph,
     minimum: Mapping[str, int],
     settings: PruneSettings,
     calibration: Sequence[tuple[Tensor, Tensor]],
     step: int,
     table: LatencyTable | None = None,
 ) -> Candidate:
-    """Trace `network` and score its units; `step` varies what is drawn at random; `table` lets latency be predicted."""
-    free = trace(network, example)
+    """Score the units of the network that `free` traces; `step` varies what is drawn at random.
+
+    `table` lets latency be predicted.
+    """
+    network, example = free.model, free.example
     # What constraints leave alone the costs are predicted without them: they would hide sizes from the prediction.
     graph = free.constrain(settings.constraints, allow_nothing=step > 1) if settings.constraints else free
     scores = score_units(

@@ -73,8 +73,8 @@ def _candidate(run: "Run", network: nn.Module) -> Candidate:
     if network is not run.parent and run.step <= 1:
         from convette.pruning._run import minimum_of
 
-        minimum = minimum_of(network, run.example, run.settings.least_share)
-    return prepare_candidate(network, run.example, minimum, run.settings, run.calibration(), run.step, run.table)
+        minimum = minimum_of(run.graph(network), run.settings.least_share)
+    return prepare_candidate(run.graph(network), minimum, run.settings, run.calibration(), run.step, run.table)
 
 
 def _within(run: "Run", candidate: Candidate, whole: bool = True) -> Decision:

@@ -29,7 +29,7 @@ from convette.pruning.recovery import recalibrate, recover
 from convette.pruning.redistribution import redistribute
 from convette.pruning.result import PruneResult, StepRecord, widths_of, write_history
 from convette.pruning.settings import PruneSettings
-from convette.surgery import ModelCard, card_of, set_card, structure_log, trace
+from convette.surgery import ChannelGraph, ModelCard, card_of, set_card, structure_log, trace
 from convette.training import EpochRecord, Method, TrainSettings, evaluate
 
 EXTRA_STEPS = 3
@@ -64,6 +64,14 @@ class Run:
     latencies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seconds_before: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+    traced: tuple[nn.Module, int, ChannelGraph] | None = None
+
+    def graph(self, network: nn.Module) -> ChannelGraph:
+        """Return what goes together in `network`; it is traced again only once its structure has changed."""
+        edits = len(structure_log(network).edits)
+        if self.traced is None or self.traced[0] is not network or self.traced[1] != edits:
+            self.traced = (network, edits, trace(network, self.example))
+        return self.traced[2]
 
     def facts(self, network: nn.Module) -> dict[str, Any]:
         """Return what a later sitting has to know, as JSON values."""
@@ -127,7 +135,7 @@ class Run:
         if decision.blocks:
             say(f"pruning: {', '.join(decision.blocks)} left out")
             drop_blocks(network, decision.blocks)
-            self.minimum = minimum_of(network, self.example, self.settings.least_share)
+            self.minimum = minimum_of(self.graph(network), self.settings.least_share)
         if decision.selection:
             self.shrink(network, {name: torch.tensor(kept) for name, kept in decision.selection.items()})
         if self.data is not None and self.settings.recalibrate and (decision.selection or decision.blocks):
@@ -141,7 +149,7 @@ class Run:
 
     def shrink(self, network: nn.Module, selection: Mapping[str, Tensor]) -> None:
         """Cut `network` to `selection`, in place; what stays takes over what goes if that is asked for."""
-        graph = trace(network, self.example)
+        graph = self.graph(network)
         if self.settings.redistribute and self.data is not None:
             redistribute(network, graph, selection, self.calibration(), ridge=None)
         cut(network, graph, selection)
@@ -157,6 +165,7 @@ class Run:
             epochs = min(1, epochs)
         record = self.records[-1]
         if epochs and self.data is not None:
+            self.traced = None  # Training may do more to a network than its log says.
             network, history = recover(
                 network,
                 self.parent,
@@ -246,7 +255,7 @@ class Run:
 
     def units(self, network: nn.Module) -> int:
         """Return how many removable units `network` has."""
-        return sum(group.size for group in trace(network, self.example).groups)
+        return self.graph(network).units
 
     def _measure_both(self, network: nn.Module) -> dict[str, Any]:
         latencies = self.measured.latencies({"end": network})
@@ -288,7 +297,7 @@ def prepare_run(
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     start = count(parent, example)
     counted = Budget(tuple(limit for limit in budget.limits if limit.metric not in MEASURED))
-    minimum = minimum_of(parent, example, settings.least_share)
+    minimum = minimum_of(trace(parent, example), settings.least_share)
     chosen = asdict(train_settings) if train_settings else None
     parts = [str(budget), asdict(settings), chosen]
     parts += [images.fingerprint, images.preprocessing.to_json()] if images else []
@@ -309,9 +318,9 @@ def prepare_run(
     )
 
 
-def minimum_of(network: nn.Module, example: Any, share: float) -> dict[str, int]:
+def minimum_of(graph: ChannelGraph, share: float) -> dict[str, int]:
     """Return how many units of every group have to stay: `share` of them, rounded up."""
-    return {group.name: math.ceil(share * group.size) for group in trace(network, example).groups}
+    return {group.name: math.ceil(share * group.size) for group in graph.groups}
 
 
 def to_device(example: Any, device: torch.device | str) -> Any:
