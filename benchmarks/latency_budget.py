@@ -14,7 +14,7 @@ Networks of the shapes of MobileNetV2 and ResNet-18, untrained. For each network
   left, and the share of the whole network's L1 score that stays, which is what both try to keep.
 
 The score says nothing of accuracy by itself: see the evidence of hardware-aware-filter-pruning. Writes
-benchmarks/results/latency_budget.json.
+benchmarks/results/latency_budget.json and docs/latency-budget.md.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from convette._files import write_json
+from convette._files import write_json, write_text
 from convette._progress import note
 from convette._provenance import provenance
 from convette.cost import measure_together
@@ -37,6 +37,15 @@ from convette.pruning import PruneSettings, l1, prune
 from convette.surgery import trace
 
 OUT = Path(__file__).parent / "results" / "latency_budget.json"
+PAGE = Path(__file__).parent.parent / "docs" / "latency-budget.md"
+INTRODUCTION = """# Pruned for latency, pruned for MACs
+
+Shapes of MobileNetV2 and ResNet-18, untrained, pruned to the same share of their measured latency in two ways: spending
+MACs on the best L1 scores, and spending milliseconds of a latency table (Opti-Cut). "Error" and "rank" are those of the
+prediction (the table's, or a straight line through the MACs of half of the networks) on networks of random widths that
+nothing was fitted to; "latency left" was measured at the end; "L1 score left" is what both try to keep, and says
+nothing of accuracy by itself. Written by `benchmarks/latency_budget.py`.
+"""
 NAMES = {"mobilenet_v2": "torchvision:mobilenet_v2", "resnet18": "torchvision:resnet18"}
 
 
@@ -49,7 +58,18 @@ def main() -> None:
         for engine in options.engines:
             note(f"--- {name} on {engine}")
             found[f"{name}, {engine}"] = one(name, engine, options)
-            write_json(options.out, report(found, options, before + time.perf_counter() - started))
+            result = report(found, options, before + time.perf_counter() - started)
+            write_json(options.out, result)
+            if options.out == OUT:
+                write_text(PAGE, page(result))
+
+
+def page(result: dict[str, Any]) -> str:
+    rows = [f"| {name} | {' | '.join(cells)} |" for name, cells in result["rows"].items()]
+    table = ["| | " + " | ".join(result["columns"]) + " |", "|---" + "|---:" * len(result["columns"]) + "|", *rows]
+    return "\n".join(
+        [INTRODUCTION, result["summary"], "", *table, "", f"{result['machine']}; {result['versions']}.", ""]
+    )
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The bottleneck that is sent, how it learns to imitate the stage it replaces, and the filter before it."""
+"""The bottleneck that is sent, how it learns to imitate what it replaces, and the filter (arXiv 2007.15818)."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
