@@ -8,6 +8,7 @@ from convette._progress import note
 from convette.cost import count
 from convette.layers.quantization.deployed import quantized_layers
 from convette.layers.quantization.edits import pack_layers
+from convette.pipeline._latency import threads_beside
 from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.conversion import deployed
 from convette.pipeline.few_bits import images_of, rounded, tried_text
@@ -15,6 +16,7 @@ from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import Candidate, CompressResult, QuantizationResult, read_result
 from convette.quantization import quantize
 from convette.quantization.low_bit_limited_data import describe
+from convette.runtime import contention
 from convette.training import evaluate
 
 
@@ -26,7 +28,9 @@ def quantize_network(run: Run, folder: Path) -> QuantizationResult:
     if run.few_bits:
         return low_bit_network(run, folder)
     model, _ = deployed(network, run.example)
-    result = quantize(model, run.data, run.recipe.quantize, out=folder)
+    load = run.recipe.run.contention
+    with contention(load):
+        result = quantize(model, run.data, run.recipe.quantize, out=folder, threads=threads_beside(load))
     note(f"quantize: {result.reason}")
     return QuantizationResult(
         candidates=[
