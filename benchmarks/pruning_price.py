@@ -132,7 +132,11 @@ def page(found: dict[str, Any]) -> str:
     ]
     scored = sorted((n for n in prices if n not in METHODS), key=lambda n: prices[n]["seconds"] / prices[n]["step"])
     text += [f"| `{n}` | {prices[n]['seconds']:.3g} | {prices[n]['seconds'] / prices[n]['step']:.3g} |" for n in scored]
-    text += ["", "| method, at every step | adds to a step |", "|---|---:|"]
+    text += [
+        "",
+        f"| method, in a training of {STEPS} steps, its traces, scores and cuts included | adds to a step |",
+        "|---|---:|",
+    ]
     text += [f"| `{n}` | {prices[n]['seconds'] / prices[n]['step']:+.0%} |" for n in METHODS if n in prices]
     text += ["", f"*{found['machine']}.*"]
     return "\n".join(text) + "\n"
