@@ -7,7 +7,8 @@
 Every arm starts from the given weights and is cut once to the same limit on MACs (our counter for all) by the same
 allocation: the same share of every layer, unless `--allocation global` is given, so that arms differ by the criterion
 and the recovery alone: "none" (batch-norm statistics taken anew, as everywhere), "least_squares" (redistribution before
-the cut, on the criterion's calibration images) or "distilled" (three epochs taught by the unpruned network).
+the cut, on the criterion's calibration images) or "distilled" (three epochs taught by the unpruned network, which answers
+from memory where arms see the same images).
 Torch-Pruning's criteria (`pip install convette[benchmarks]`) score and rank by themselves, one share for every inner
 layer (its graph cannot tie channels over zero-padding shortcuts, so residual streams stay whole) until our count of
 MACs meets the limit; the cut and the recovery are the same as ours.
@@ -21,7 +22,6 @@ import copy
 import hashlib
 import json
 import math
-import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from _pruning_arms import ARMS, DRAWN, INNER, OPTIONS, RECOVERIES, SPEEDUPS, THEIRS, key
+from _pruning_page import page, picture
 from _torch_pruning import their_choice, their_scores
 from convette import surgery
 from convette._files import write_json, write_text
@@ -40,7 +42,6 @@ from convette.cost import Budget, WidthCost, count
 from convette.data import ImageData, MemorySplit, load_data
 from convette.models import create_model, known_preprocessing
 from convette.pruning import (
-    CRITERIA,
     RECOVERY,
     PruneSettings,
     find_allocation,
@@ -56,13 +57,6 @@ OUT = ROOT / "benchmarks" / "results" / "pruning_table.json"
 PAGE = ROOT / "docs" / "pruning-table.md"
 PICTURE = ROOT / "docs" / "pruning-table.svg"
 SHARED = ROOT / ".." / "shared" / "data"
-SPEEDUPS = (2.0, 2.5, 4.0)
-RECOVERIES = ("none", "least_squares", "distilled")
-SHOWN = {"none": "no recovery", "least_squares": "least squares", "distilled": "3 epochs distilled"}
-# What each takes on a network of a few hundred channels; everything else as it comes.
-OPTIONS: dict[str, dict[str, Any]] = {"trajectory": {"images": 32}, "blend": {"generations": 4, "population": 10}}
-THEIRS = ("tp_l1", "tp_l2", "tp_lamp", "tp_geometric_median", "tp_bn_scale", "tp_taylor", "tp_hessian", "tp_random")
-DRAWN = {"random": 3, "tp_random": 3}
 
 
 def main() -> None:
@@ -78,7 +72,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56"])
-    parser.add_argument("--criteria", nargs="+", choices=[*CRITERIA, *THEIRS], default=[*CRITERIA, *THEIRS])
+    parser.add_argument("--criteria", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--recoveries", nargs="+", choices=RECOVERIES, default=[*RECOVERIES])
     parser.add_argument("--speedups", nargs="+", type=float, default=[*SPEEDUPS])
     parser.add_argument("--allocation", default="uniform")
@@ -151,10 +145,6 @@ def fingerprint(selection: Mapping[str, Tensor]) -> str:
     """Return a short digest of which units stay."""
     text = json.dumps({name: kept.tolist() for name, kept in sorted(selection.items())})
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def key(network: str, criterion: str, speedup: float, recovery: str, seed: int) -> str:
-    return f"{network} {criterion} {speedup:g}x {recovery} {seed}"
 
 
 def choices(options: argparse.Namespace) -> dict[str, Any]:
@@ -230,7 +220,7 @@ class Bench:
         if not wanted:
             return
         began = time.perf_counter()
-        choose = self.theirs(criterion, seed) if criterion in THEIRS else self.ours(criterion, seed)
+        choose = self.inner(criterion, seed) if criterion in (*INNER, *THEIRS) else self.ours(criterion, seed)
         scoring = round(time.perf_counter() - began, 2)
         for speedup, recovery in wanted:
             began = time.perf_counter()
@@ -273,10 +263,15 @@ class Bench:
 
         return choose
 
-    def theirs(self, criterion: str, seed: int):
-        """Return what Torch-Pruning keeps of every inner layer, by the least share that meets a limit."""
-        stream = [n for n in dict(self.parent.named_modules()) if n in ("conv1", "linear") or n.endswith(".conv2")]
-        scores = their_scores(criterion, self.parent, self.example, self.calibration, stream, seed)
+    def inner(self, criterion: str, seed: int):
+        """Return what stays of every inner layer of a block, by the least share that meets a limit."""
+        if criterion in THEIRS:
+            stream = [n for n in dict(self.parent.named_modules()) if n in ("conv1", "linear") or n.endswith(".conv2")]
+            scores = their_scores(criterion, self.parent, self.example, self.calibration, stream, seed)
+        else:
+            name = criterion.removeprefix("inner_")
+            found = score_units(name, self.parent, self.graph, self.calibration, seed=seed, options=OPTIONS.get(name))
+            scores = {group: values for group, values in found.items() if group.endswith(".conv1")}
 
         def choose(limit: float) -> Mapping[str, Tensor]:
             low, high = 0.0, 0.97
@@ -313,119 +308,6 @@ class Bench:
 
     def _limit(self, macs: float) -> Any:
         return Budget.parse(f"macs<={math.floor(macs)}").limits[0]
-
-
-# -- showing ------------------------------------------------------------------------------------------------------
-
-
-def mean_of(arms: Mapping[str, Any], network: str, criterion: str, speedup: float, recovery: str) -> float | None:
-    found = [
-        arms[name]["accuracy"]
-        for seed in range(DRAWN.get(criterion, 1))
-        if (name := key(network, criterion, speedup, recovery, seed)) in arms
-    ]
-    return statistics.fmean(found) if found else None
-
-
-def measured(arms: Mapping[str, Any]) -> tuple[list[str], list[str], list[float], list[str]]:
-    """Return the networks, criteria, speed-ups and recoveries that have arms, in their order."""
-    parts = [name.split() for name in arms if not name.endswith("unpruned")]
-    networks = sorted({p[0] for p in parts}, key=lambda n: int(n.removeprefix("resnet")))
-    criteria = [name for name in (*CRITERIA, *THEIRS) if any(p[1] == name for p in parts)]
-    speedups = sorted({float(p[2].removesuffix("x")) for p in parts})
-    return networks, criteria, speedups, [r for r in RECOVERIES if any(p[3] == r for p in parts)]
-
-
-def page(found: Mapping[str, Any]) -> str:
-    """Return the page: a table a network."""
-    arms = found["arms"]
-    networks, criteria, speedups, recoveries = measured(arms)
-    how = found["choices"]
-    lines = [
-        "# Every criterion, side by side",
-        "",
-        "Networks with given CIFAR-10 weights, cut once to a share of their MACs, "
-        + ("the same share of every layer" if how["allocation"] == "uniform" else f"allocation `{how['allocation']}`")
-        + f", scored on {how['calibration_images']} training images; batch-norm statistics taken anew in all arms. "
-        "Test accuracy in percent on 1,000 original images: arms less than about two points apart are not told apart. "
-        "`random` is the mean of three draws. `tp_...` are the criteria of Torch-Pruning, which cuts the inner layers "
-        "of the blocks only, here with our cut and recovery. Empty: not measured yet.",
-        "",
-        "![Accuracy by criterion](pruning-table.svg)",
-        "",
-    ]
-    for network in networks:
-        whole = arms[f"{network} unpruned"]
-        lines += [
-            f"## {network}",
-            "",
-            f"Unpruned: {100 * whole['accuracy']:.1f} %, {whole['macs'] / 1e6:.2f} M MACs. "
-            f"An epoch of the distilled arms: {whole['training_images']:,} training images.",
-            "",
-        ]
-        columns = [f"{speedup:g}x, {SHOWN[recovery]}" for speedup in speedups for recovery in recoveries]
-        lines += ["| criterion | " + " | ".join(columns) + " | seconds to score |", "|---" * (len(columns) + 2) + "|"]
-        for criterion in criteria:
-            cells = []
-            for speedup in speedups:
-                for recovery in recoveries:
-                    value = mean_of(arms, network, criterion, speedup, recovery)
-                    cells.append("" if value is None else f"{100 * value:.1f}")
-            if any(cells):
-                seconds = next(
-                    arm["scoring_seconds"] for name, arm in arms.items() if name.startswith(f"{network} {criterion} ")
-                )
-                cells.append("" if criterion in THEIRS else f"{seconds:.1f}")
-                lines.append(f"| `{criterion}` | " + " | ".join(cells) + " |")
-        lines.append("")
-    lines.append(f"Command: `{found['command']}` (the last sitting), on {found['machine']}; {found['versions']}.")
-    return "\n".join(lines) + "\n"
-
-
-def picture(found: Mapping[str, Any], path: Path) -> None:
-    """Draw a panel a network and speed-up: accuracy by criterion, a mark a recovery."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "convette"
-    from matplotlib import pyplot
-
-    arms = found["arms"]
-    networks, criteria, speedups, recoveries = measured(arms)
-    figure, axes = pyplot.subplots(
-        len(networks),
-        len(speedups),
-        figsize=(3.6 * len(speedups) + 1.5, 0.21 * len(criteria) * len(networks) + 1.2),
-        sharey=True,
-        squeeze=False,
-    )
-    marks = {"none": ("o", "#888888"), "least_squares": ("D", "#00796b"), "distilled": ("s", "#c2185b")}
-    for row, network in enumerate(networks):
-        for column, speedup in enumerate(speedups):
-            axis = axes[row][column]
-            for recovery in recoveries:
-                values = {i: mean_of(arms, network, name, speedup, recovery) for i, name in enumerate(criteria)}
-                seen = {place: 100 * value for place, value in values.items() if value is not None}
-                mark, colour = marks[recovery]
-                axis.plot(
-                    list(seen.values()),
-                    list(seen),
-                    mark,
-                    color=colour,
-                    markersize=4,
-                    linestyle="",
-                    label=SHOWN[recovery],
-                )
-            axis.axvline(100 * arms[f"{network} unpruned"]["accuracy"], color="#444444", linewidth=0.8, linestyle=":")
-            axis.set_title(f"{network}, {speedup:g}x fewer MACs", fontsize=9)
-            axis.set_yticks(range(len(criteria)), criteria, fontsize=7)
-            axis.grid(axis="x", linewidth=0.3)
-            axis.tick_params(axis="x", labelsize=7)
-        axes[row][0].invert_yaxis()
-    axes[0][0].legend(fontsize=7, loc="lower right")
-    figure.supxlabel("test accuracy, %", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

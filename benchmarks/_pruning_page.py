@@ -1,0 +1,119 @@
+"""The page and the picture of the pruning table, from its result file."""
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from _pruning_arms import ARMS, DRAWN, INNER, RECOVERIES, SHOWN, THEIRS, key
+
+
+def mean_of(arms: Mapping[str, Any], network: str, criterion: str, speedup: float, recovery: str) -> float | None:
+    found = [
+        arms[name]["accuracy"]
+        for seed in range(DRAWN.get(criterion, 1))
+        if (name := key(network, criterion, speedup, recovery, seed)) in arms
+    ]
+    return statistics.fmean(found) if found else None
+
+
+def measured(arms: Mapping[str, Any]) -> tuple[list[str], list[str], list[float], list[str]]:
+    """Return the networks, criteria, speed-ups and recoveries that have arms, in their order."""
+    parts = [name.split() for name in arms if not name.endswith("unpruned")]
+    networks = sorted({p[0] for p in parts}, key=lambda n: int(n.removeprefix("resnet")))
+    criteria = [name for name in ARMS if any(p[1] == name for p in parts)]
+    speedups = sorted({float(p[2].removesuffix("x")) for p in parts})
+    return networks, criteria, speedups, [r for r in RECOVERIES if any(p[3] == r for p in parts)]
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """Return the page: a table a network."""
+    arms = found["arms"]
+    networks, criteria, speedups, recoveries = measured(arms)
+    how = found["choices"]
+    lines = [
+        "# Every criterion, side by side",
+        "",
+        "Networks with given CIFAR-10 weights, cut once to a share of their MACs, "
+        + ("the same share of every layer" if how["allocation"] == "uniform" else f"allocation `{how['allocation']}`")
+        + f", scored on {how['calibration_images']} training images; batch-norm statistics taken anew in all arms. "
+        "Test accuracy in percent on 1,000 original images: arms less than about two points apart are not told apart. "
+        "`random` is the mean of three draws. `tp_...` are the criteria of Torch-Pruning, which cuts the inner layers "
+        "of the blocks only, here with our cut and recovery; `inner_...` are ours on those layers only, cut by the "
+        "same share and rounding. Empty: not measured yet.",
+        "",
+        "![Accuracy by criterion](pruning-table.svg)",
+        "",
+    ]
+    for network in networks:
+        whole = arms[f"{network} unpruned"]
+        lines += [
+            f"## {network}",
+            "",
+            f"Unpruned: {100 * whole['accuracy']:.1f} %, {whole['macs'] / 1e6:.2f} M MACs. "
+            f"An epoch of the distilled arms: {whole['training_images']:,} training images.",
+            "",
+        ]
+        columns = [f"{speedup:g}x, {SHOWN[recovery]}" for speedup in speedups for recovery in recoveries]
+        lines += ["| criterion | " + " | ".join(columns) + " | seconds to score |", "|---" * (len(columns) + 2) + "|"]
+        for criterion in criteria:
+            cells = []
+            for speedup in speedups:
+                for recovery in recoveries:
+                    value = mean_of(arms, network, criterion, speedup, recovery)
+                    cells.append("" if value is None else f"{100 * value:.1f}")
+            if any(cells):
+                seconds = next(
+                    arm["scoring_seconds"] for name, arm in arms.items() if name.startswith(f"{network} {criterion} ")
+                )
+                cells.append("" if criterion in (*INNER, *THEIRS) else f"{seconds:.1f}")
+                lines.append(f"| `{criterion}` | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines.append(f"Command: `{found['command']}` (the last sitting), on {found['machine']}; {found['versions']}.")
+    return "\n".join(lines) + "\n"
+
+
+def picture(found: Mapping[str, Any], path: Path) -> None:
+    """Draw a panel a network and speed-up: accuracy by criterion, a mark a recovery."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "convette"
+    from matplotlib import pyplot
+
+    arms = found["arms"]
+    networks, criteria, speedups, recoveries = measured(arms)
+    figure, axes = pyplot.subplots(
+        len(networks),
+        len(speedups),
+        figsize=(3.6 * len(speedups) + 1.5, 0.21 * len(criteria) * len(networks) + 1.2),
+        sharey=True,
+        squeeze=False,
+    )
+    marks = {"none": ("o", "#888888"), "least_squares": ("D", "#00796b"), "distilled": ("s", "#c2185b")}
+    for row, network in enumerate(networks):
+        for column, speedup in enumerate(speedups):
+            axis = axes[row][column]
+            for recovery in recoveries:
+                values = {i: mean_of(arms, network, name, speedup, recovery) for i, name in enumerate(criteria)}
+                seen = {place: 100 * value for place, value in values.items() if value is not None}
+                mark, colour = marks[recovery]
+                axis.plot(
+                    list(seen.values()),
+                    list(seen),
+                    mark,
+                    color=colour,
+                    markersize=4,
+                    linestyle="",
+                    label=SHOWN[recovery],
+                )
+            axis.axvline(100 * arms[f"{network} unpruned"]["accuracy"], color="#444444", linewidth=0.8, linestyle=":")
+            axis.set_title(f"{network}, {speedup:g}x fewer MACs", fontsize=9)
+            axis.set_yticks(range(len(criteria)), criteria, fontsize=7)
+            axis.grid(axis="x", linewidth=0.3)
+            axis.tick_params(axis="x", labelsize=7)
+        axes[row][0].invert_yaxis()
+    axes[0][0].legend(fontsize=7, loc="lower right")
+    figure.supxlabel("test accuracy, %", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
