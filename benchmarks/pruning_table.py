@@ -7,8 +7,7 @@
 Every arm starts from the given weights and is cut once to the same limit on MACs (our counter for all) by the same
 allocation: the same share of every layer, unless `--allocation global` is given, so that arms differ by the criterion
 and the recovery alone: "none" (batch-norm statistics taken anew, as everywhere), "least_squares" (redistribution before
-the cut, on the criterion's calibration images) or "distilled" (three epochs taught by the unpruned network, which answers
-from memory where arms see the same images).
+the cut, on the criterion's calibration images) or "distilled" (three epochs taught by the unpruned network).
 Torch-Pruning's criteria (`pip install convette[benchmarks]`) score and rank by themselves, one share for every inner
 layer (its graph cannot tie channels over zero-padding shortcuts, so residual streams stay whole) until our count of
 MACs meets the limit; the cut and the recovery are the same as ours.
