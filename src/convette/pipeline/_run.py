@@ -19,6 +19,7 @@ from convette.errors import DataError
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import DataResult, StageResult
 from convette.pipeline.run_folder import RunFolder
+from convette.runtime import EngineSpec
 from convette.training import distributed, resolve_device
 
 MODEL_FILE = "model.safetensors"
@@ -46,6 +47,12 @@ class Run:
         """The budget, every latency limit with its engine; None without one."""
         limits = self.recipe.budget.limits
         return Budget.parse(limits).on(DEFAULT_ENGINE) if limits else None
+
+    @cached_property
+    def named_engine(self) -> EngineSpec | None:
+        """The engine the budget names (the first of several): its file is the one to deploy. None if it names none."""
+        limits = Budget.parse(self.recipe.budget.limits).limits if self.recipe.budget.limits else ()
+        return next((EngineSpec.parse(limit.engine) for limit in limits if limit.engine), None)
 
     @cached_property
     def raw_data(self) -> ImageData:

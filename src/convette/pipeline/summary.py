@@ -64,7 +64,7 @@ def summarise(run_dir: Path) -> Summary:
         rows=rows,
         met=all(limit.met for limit in verified.limits),
         notes=_notes(run_dir, verified),
-        use=_use(run_dir),
+        use=_use(run_dir, verified),
     )
 
 
@@ -184,7 +184,14 @@ def _over_the_limit(verified: VerifyResult, exported: ExportResult | None) -> li
     ]
 
 
-def _use(run_dir: Path) -> list[str]:
+def fewer_threads(verified: VerifyResult, all_threads: int) -> int | None:
+    """Return the threads that limits on latency were measured with, where those are fewer than all."""
+    engines = {limit.engine for limit in verified.limits if limit.metric.startswith("latency")}
+    used = [one["threads"] for name, one in verified.cost_after["latency"].items() if name in engines]
+    return min(used) if used and min(used) < all_threads else None
+
+
+def _use(run_dir: Path, verified: VerifyResult) -> list[str]:
     """Return the commands that use what came out."""
     exported: ExportResult | None = read_result(run_dir, "export")
     if exported is None:
@@ -196,15 +203,30 @@ def _use(run_dir: Path) -> list[str]:
         f"convette explain {network} IMAGE --out cam.png",
         f"python -c \"import convette; model = convette.load('{network}')\"",
     ]
-    for file in exported.files:
-        if file.recommended and file.format == "onnx":
-            commands.append(
-                f"python -c \"import onnxruntime; session = onnxruntime.InferenceSession('{run_dir / file.file}')\""
-            )
-        if file.recommended and file.format == "openvino":
-            commands.append(
-                f"python -c \"import openvino; network = openvino.compile_model('{run_dir / file.file}', 'CPU')\""
-            )
-    if read_run(run_dir).stage("report").state != "left out":
+    record = read_run(run_dir)
+    threads = fewer_threads(verified, record.machine["threads"])
+    commands += [_open(run_dir / file.file, file.format, threads) for file in exported.files if file.recommended]
+    commands = list(dict.fromkeys(commands))
+    if threads is not None:
+        load = record.recipe.get("run", {}).get("contention", 0)
+        beside = f", beside {load} busy process{'es' if load > 1 else ''}" if load else ""
+        commands.append(
+            f"# The limits on latency were measured with {threads} of {record.machine['threads']} threads{beside}."
+        )
+    if record.stage("report").state != "left out":
         commands.append(f"open {run_dir / 'report.html'}")
     return commands
+
+
+def _open(path: Path, form: str, threads: int | None) -> str:
+    """Return the command that opens a deployable file, with the threads that it was measured with."""
+    if form == "onnx" and threads is not None:
+        options = f"o = onnxruntime.SessionOptions(); o.intra_op_num_threads = {threads}; "
+        return f"python -c \"import onnxruntime; {options}session = onnxruntime.InferenceSession('{path}', o)\""
+    if form == "onnx":
+        return f"python -c \"import onnxruntime; session = onnxruntime.InferenceSession('{path}')\""
+    if form == "openvino":
+        number = f", {{'INFERENCE_NUM_THREADS': {threads}}}" if threads is not None else ""
+        return f"python -c \"import openvino; network = openvino.compile_model('{path}', 'CPU'{number})\""
+    set_threads = f"import torch; torch.set_num_threads({threads}); " if threads is not None else ""
+    return f"python -c \"{set_threads}import convette; model = convette.load('{path}')\""

@@ -12,9 +12,10 @@ from convette.layers.quantization.deployed import quantized_layers
 from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.conversion import deployed
 from convette.pipeline.results import ExportedFile, ExportResult, FileFormat, QuantizationResult, read_result
-from convette.runtime import export, exported_size, fastest, measure_latency, prepare
+from convette.runtime import EngineSpec, export, exported_size, fastest, measure_latency, prepare
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
+READERS = {"onnx": "onnxruntime:cpu", "openvino": "openvino:cpu"}
 
 
 def export_network(run: Run, folder: Path) -> ExportResult:
@@ -36,10 +37,28 @@ def export_network(run: Run, folder: Path) -> ExportResult:
         source = run.path / "quantize" / quantized.file
         path = _copy(source, folder / f"model-int8{source.suffix}")
         files.append(_described(run, path, "onnx" if path.suffix == ".onnx" else "openvino", "int8"))
-    files = _recommend(files, quantized) if quantized is not None and not low_bit else _fastest(run, files)
+    measured = quantized if not low_bit else None
+    place = None if run.named_engine is None else _of_engine(files, run.named_engine, measured)
+    if place is not None:
+        files = _marked(files, place)
+    else:
+        if run.named_engine is not None:
+            note(f"export: the budget names {run.named_engine}, whose file export.formats leaves out")
+        files = _recommend(files, measured) if measured is not None else _fastest(run, files)
     for file in files:
         note(f"export: {run.path / file.file} ({format_bytes(file.bytes)})")
     return ExportResult(files=files, unfolded=kept)
+
+
+def _of_engine(files: list[ExportedFile], engine: EngineSpec, quantized: QuantizationResult | None) -> int | None:
+    """Return which file `engine` runs: the int8 one where that was kept, convette's own where it reads no other."""
+    form = {reader.partition(":")[0]: form for form, reader in READERS.items()}.get(engine.engine, "convette")
+    int8 = quantized is not None and quantized.file is not None and engine.precision in (None, "int8")
+    for precision in ("int8", None) if int8 else ("fp32", None):
+        for place, file in enumerate(files):
+            if file.format == form and precision in (None, file.precision):
+                return place
+    return None
 
 
 def _recommend(files: list[ExportedFile], quantized: QuantizationResult) -> list[ExportedFile]:
@@ -52,8 +71,7 @@ def _recommend(files: list[ExportedFile], quantized: QuantizationResult) -> list
 
 def _fastest(run: Run, files: list[ExportedFile]) -> list[ExportedFile]:
     """Mark the file to deploy where nothing was quantised: the one whose engine is the fastest here, by measuring."""
-    readers = {"onnx": "onnxruntime:cpu", "openvino": "openvino:cpu"}
-    places = {readers[file.format]: i for i, file in enumerate(files) if file.format in readers}
+    places = {READERS[file.format]: i for i, file in enumerate(files) if file.format in READERS}
     if len(places) < 2:
         return _marked(files, len(files) - 1)
     with contextlib.ExitStack() as stack:

@@ -1,5 +1,6 @@
 """Stage quantize: try int8 and the float precisions, and keep the one that pays; or write the network in few bits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -14,9 +15,9 @@ from convette.pipeline.conversion import deployed
 from convette.pipeline.few_bits import images_of, rounded, tried_text
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import Candidate, CompressResult, QuantizationResult, read_result
-from convette.quantization import quantize
+from convette.quantization import QuantizeResult, QuantizeSettings, choose, quantize
 from convette.quantization.low_bit_limited_data import describe
-from convette.runtime import contention
+from convette.runtime import EngineSpec, contention
 from convette.training import evaluate
 
 
@@ -31,6 +32,7 @@ def quantize_network(run: Run, folder: Path) -> QuantizationResult:
     load = run.recipe.run.contention
     with contention(load):
         result = quantize(model, run.data, run.recipe.quantize, out=folder, threads=threads_beside(load))
+    result = on_named_engine(result, run.named_engine, run.recipe.quantize)
     note(f"quantize: {result.reason}")
     return QuantizationResult(
         candidates=[
@@ -51,6 +53,23 @@ def quantize_network(run: Run, folder: Path) -> QuantizationResult:
         precision=result.chosen.precision,
         reason=result.reason,
         file=result.chosen.path.name if result.quantized else None,
+    )
+
+
+def on_named_engine(result: QuantizeResult, named: EngineSpec | None, settings: QuantizeSettings) -> QuantizeResult:
+    """Return `result` with what is best on the engine that the budget names, in the precision it names, if it does."""
+    those = [one for one in result.candidates if named and EngineSpec.parse(one.name).engine == named.engine]
+    if named is not None and named.precision in ("fp32", "bf16"):
+        those = [one for one in those if one.precision == named.precision]
+        kept, reason = (those[0].name, f"{those[0].name} is kept.") if those else (result.kept, result.reason)
+    elif any(one.precision == "fp32" for one in those):
+        kept, reason = choose(those, settings)
+    else:
+        return result
+    if kept == result.kept:
+        return result
+    return replace(
+        result, kept=kept, reason=f"{reason} Files for other engines are no choice: the budget names {named}."
     )
 
 

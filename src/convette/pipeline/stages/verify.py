@@ -15,12 +15,12 @@ from convette.pipeline._latency import measure_both, samples_for
 from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.results import ExportedFile, ExportResult, FileCheck, VerifyResult, read_result
 from convette.pipeline.stages.compress import limit_result
+from convette.pipeline.stages.export import READERS
 from convette.pipeline.stages.train import scores_of
 from convette.runtime import EngineSpec, missing, prepare, verify
 from convette.training import Evaluation, evaluate, evaluate_runner
 
 MISTAKES = 24
-READERS = {"onnx": "onnxruntime:cpu", "openvino": "openvino:cpu"}
 
 
 def verify_run(run: Run, folder: Path) -> VerifyResult:
