@@ -131,6 +131,8 @@ def _lengths_of(module: nn.Module) -> Mapping[tuple[str, int], str] | None:
         return {("weight", 1): "in_features", ("weight", 0): "out_features"}
     if isinstance(module, _NormBase):
         return {("running_mean" if module._parameters.get("weight") is None else "weight", 0): "num_features"}
+    if isinstance(module, nn.RNNBase):
+        return {("weight_ih_l0", 1): "input_size", ("weight_hh_l0", 1): "hidden_size"}
     return None
 
 

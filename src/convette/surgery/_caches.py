@@ -1,4 +1,4 @@
-"""Tables that modules keep from earlier runs and make again when they are empty."""
+"""What modules keep beside their parameters: tables from earlier runs, and lists of their weights."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -21,3 +21,10 @@ def forget_caches(modules: Iterable[nn.Module]) -> None:
         for name, value in vars(module).items():
             if is_cache(name, value):
                 value.clear()
+
+
+def gather_weights(modules: Iterable[nn.Module]) -> None:
+    """Let recurrent layers among `modules` list their weights anew: they hand that list to PyTorch's kernels."""
+    for module in modules:
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()

@@ -111,7 +111,7 @@ class Shrink:
 
     def _applied(self, model: nn.Module, values: bool, walk: "Walk | None" = None) -> Change:
         from convette.surgery._attributes import set_attributes
-        from convette.surgery._caches import forget_caches
+        from convette.surgery._caches import forget_caches, gather_weights
         from convette.surgery._cutting import cut
         from convette.surgery._rewrites import free_heads, rewrite_calls
 
@@ -121,8 +121,10 @@ class Shrink:
             set_attributes(model, self.attributes, change, walk.module)
             free_heads(model, self.free_heads, change)
             rewrite_calls(model, self.rewrites, change)
-            change.undo.insert(0, lambda: forget_caches(walk.modules))
+            sized = [walk.module(name) for name in self.attributes]
+            change.undo[:0] = [lambda: forget_caches(walk.modules), lambda: gather_weights(sized)]
             forget_caches(walk.modules)
+            gather_weights(sized)
         except BaseException:
             change.revert()
             raise

@@ -106,6 +106,7 @@ class Grouping:
 def _name(slot: Slot, taken: dict[str, int]) -> str:
     owner, _, leaf = slot.parameter.rpartition(".")
     # Several parameters of one module can produce (a bare parameter beside a weight): the module's name will do.
-    name = owner if leaf in ("weight", "bias", "index") and owner else slot.parameter
+    plain = leaf in ("weight", "bias", "index") or leaf.startswith("weight_ih_l")
+    name = owner if plain and owner else slot.parameter
     taken[name] = taken.get(name, 0) + 1
     return name if taken[name] == 1 else f"{name}:{taken[name]}"

@@ -130,6 +130,8 @@ def follows(module: nn.Module, item: SizeCall) -> bool:
         return isinstance(module, _ConvNd | nn.GroupNorm)
     if item.kind == "normalized_shape":
         return isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None
+    if item.kind == "shape" and item.name == "zeros":
+        return type(module) in (nn.LSTM, nn.GRU, nn.RNN)  # the state they start from, by `hidden_size`
     return False
 
 

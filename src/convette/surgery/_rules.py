@@ -7,6 +7,7 @@ from convette.surgery import _rules_compute as compute
 from convette.surgery import _rules_elementwise as element
 from convette.surgery import _rules_move as move
 from convette.surgery import _rules_pieces as pieces
+from convette.surgery import _rules_recurrent as recurrent
 from convette.surgery import _rules_untie as untie
 
 
@@ -133,6 +134,7 @@ def table() -> dict[str, Callable[..., Any]]:
         (("einsum",), compute.einsum),
         (("scaled_dot_product_attention",), compute.attention),
         (("multi_head_attention_forward",), compute.multi_head_attention),
+        (("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent.recurrent),
         (("grid_sample",), compute.grid_sample),
         (("torchvision::roi_align",), compute.roi_align),
         (("convette.surgery._untie.gather_channels",), untie.gather),

@@ -72,6 +72,7 @@ _PLACES = _words(
 )
 # Functions whose result's shape depends on values, or that read them out.
 _VALUES = _words("unique unique_consecutive masked_select bincount histc multinomial argwhere where nonzero_static")
+_RECURRENT = _words("lstm gru rnn_tanh rnn_relu")
 
 
 class WithoutValues:
@@ -220,13 +221,23 @@ class WithoutValues:
         key = (func, _key(args), _key(kwargs)) if kwargs else (func, _key(args))
         known = self._made.get(key)
         if known is not None:
-            return torch.empty_strided(known[0], known[1], dtype=known[2], device=_META)
+            return _as_made(known)
         out = func(*self._shadow(args), **self._shadow(kwargs))
         if isinstance(out, Tensor):
             if not out.is_meta:
                 raise NeedsValues(name)
             self._made[key] = (out.shape, out.stride(), out.dtype)
+        elif name in _RECURRENT and all(item.is_meta for item in out):
+            # Step by step, on the meta device too: once will do for layers of one shape.
+            self._made[key] = tuple((item.shape, item.stride(), item.dtype) for item in out)
         return out
+
+
+def _as_made(known: tuple[Any, ...]) -> Any:
+    """Return tensors without values of the shape, steps and type that are known (or a tuple of such)."""
+    if isinstance(known[0], torch.Size):
+        return torch.empty_strided(known[0], known[1], dtype=known[2], device=_META)
+    return tuple(_as_made(item) for item in known)
 
 
 def _key(value: Any) -> Any:
