@@ -53,6 +53,7 @@ from convette.pruning.redistribution import Repair, redistribute
 from convette.pruning.result import PruneResult, StepRecord
 from convette.pruning.schedule import check_budget, prune
 from convette.pruning.settings import PruneSettings
+from convette.pruning.token_reduction import TokenTrajectory, reduce_tokens, token_trajectory
 
 __all__ = [
     "ALLOCATIONS",
@@ -67,6 +68,7 @@ __all__ = [
     "Repair",
     "Scores",
     "StepRecord",
+    "TokenTrajectory",
     "WidthRules",
     "activation_mean",
     "activation_rank",
@@ -103,10 +105,12 @@ __all__ = [
     "recalibrate",
     "recover",
     "redistribute",
+    "reduce_tokens",
     "remove_layers",
     "score_units",
     "second_order",
     "taylor",
+    "token_trajectory",
     "trajectory",
     "uniform",
 ]

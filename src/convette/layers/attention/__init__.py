@@ -9,16 +9,21 @@ from convette.layers.attention.light_nonlocal import (
     orders_macs,
 )
 from convette.layers.attention.soag import SoAG, add_soag
+from convette.layers.attention.token_reduction import TokenReduction, insert_token_reduction, match_tokens, merge_tokens
 
 __all__ = [
     "HigherOrderBlock",
     "LightNonLocal2d",
     "SoAG",
+    "TokenReduction",
     "add_soag",
     "autonl_s",
     "insert_higher_order",
     "insert_nonlocal",
+    "insert_token_reduction",
     "local_filter",
+    "match_tokens",
+    "merge_tokens",
     "nonlocal_macs",
     "orders_macs",
 ]

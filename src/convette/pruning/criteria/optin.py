@@ -78,7 +78,7 @@ def trajectory(
                 shift[units] = distillation(output, changed, float(temperature)).cpu()
             if group.size:
                 bends[group.name], shifts[group.name] = bend, shift
-    scale = _scale(torch.cat(list(bends.values())), torch.cat(list(shifts.values())), float(balance))
+    scale = balancing_scale(torch.cat(list(bends.values())), torch.cat(list(shifts.values())), float(balance))
     heads = {group.name for group in graph.groups if _of_heads(model, graph, group.name)}
     scores = {n: (bends[n] + scale * shifts[n]) * (float(head_weight) if n in heads else 1.0) for n in bends}
     return finite_scores(scores, "trajectory", graph)
@@ -101,7 +101,8 @@ def distillation(teacher: Float[Tensor, "n c"], student: Float[Tensor, "n c"], t
     return temperature**2 * (known.exp() * (known - found)).sum(dim=1).mean().clamp_min(0)
 
 
-def _scale(bends: Tensor, shifts: Tensor, balance: float) -> float:
+def balancing_scale(bends: Tensor, shifts: Tensor, balance: float) -> float:
+    """Return the power of ten that puts the two terms at `balance` to 1, by the median of those that are not 0."""
     both = (bends > 0) & (shifts > 0)
     if not both.any():
         return 1.0
