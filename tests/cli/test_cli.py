@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from convette._progress import note
 from convette.cli.main import app, main
@@ -111,10 +112,11 @@ def test_json_is_one_object_on_standard_output(capsys):
 
 
 def test_quiet_lasts_as_long_as_the_command(capsys):
-    assert main(["catalogue", "--quiet"]) == 0
-    capsys.readouterr()
-    note("heard")
-    assert "heard" in capsys.readouterr().err
+    for call in (main, lambda words: CliRunner().invoke(app, words, catch_exceptions=False).exit_code):
+        assert call(["catalogue", "--quiet"]) == 0
+        capsys.readouterr()
+        note("heard")
+        assert "heard" in capsys.readouterr().err
 
 
 def test_a_printed_recipe_is_a_recipe(capsys, tmp_path):
@@ -155,7 +157,8 @@ def test_every_verb_has_help_and_the_common_options_are_spelt_alike():
 
     commands = get_command(app).commands
     assert set(commands) == {
-        "fit", "train", "prune", "cost", "export", "explain", "compare", "show", "catalogue", "recipe"
+        "fit", "train", "prune", "quantize", "split", "cost", "export", "explain", "compare", "show", "catalogue",
+        "recipe"
     }  # fmt: skip
     for name, command in commands.items():
         options = {option for parameter in command.params for option in parameter.opts}
