@@ -9,6 +9,18 @@ from convette._catalogue import System, catalogue
 RESULTS = Path(__file__).parent.parent / "benchmarks/evidence/results"
 PRICES = Path(__file__).parent.parent / "benchmarks/results/layers.json"
 PICTURES = Path(__file__).parent / "images"
+CUTS = Path(__file__).parent.parent / "benchmarks/results/pruning_price.json"
+# Systems whose criterion has another name in the table of prices than the system.
+CRITERIA = {
+    "criteria-blending": "blend",
+    "dynamic-channel-propagation": "channel_utility",
+    "hardware-aware-filter-pruning": "information_gain",
+    "hierarchical-group-sparsity": "loss_increase",
+    "main-subsidiary": "subsidiary",
+    "optin": "trajectory",
+    "progressive-gradient-pruning": "grad_change",
+    "slimming-shortcut": "importance_gates",
+}
 NORMALISERS = Path(__file__).parent.parent / "benchmarks/results/normalization.json"
 
 
@@ -68,7 +80,11 @@ def _result(file: str) -> str:
 
 
 def _price(slug: str) -> str:
-    """What a layer costs beside what it replaces, from benchmarks/layers.py."""
+    """What a system costs beside what it replaces: for a layer from benchmarks/layers.py."""
+    if slug == "criteria":
+        return _criteria_price()
+    if _find(slug).room == "pruning":
+        return _cut_price(_find(slug))
     normalisers = json.loads(NORMALISERS.read_text()) if NORMALISERS.exists() else {"systems": {}}
     if slug in normalisers["systems"]:
         return _normaliser_price(normalisers, slug)
@@ -88,6 +104,54 @@ def _price(slug: str) -> str:
     lines += ["", "In brackets what is replaced has, and the milliseconds; inputs " + _inputs(found["cases"]) + "."]
     lines += [f"CPU time of one thread, medians over {rounds} turns. `{found['command']}` on {machine}; {versions}."]
     return "\n".join(lines)
+
+
+def _cut_price(system: System) -> str:
+    """What pruning costs: scores in training steps (benchmarks/pruning_price.py), and whole runs of the evidence."""
+    cuts, own, lines = json.loads(CUTS.read_text()), system.slug.replace("-", "_"), []
+    name = CRITERIA.get(system.slug, own)
+    if name in cuts["prices"]:
+        seconds, steps = _steps(cuts["prices"][name])
+        lines.append(
+            f"The criterion `{name}` scores a ResNet-20 of half width once in {seconds:.2g} s of one CPU thread, as "
+            f"long as {steps:.2g} training steps of the same 64 images ([all criteria](../../pruning-price.md)), on "
+            f"{cuts['machine']}."
+        )
+    if name != own and own in cuts["prices"]:
+        lines.append(f"While training it adds {100 * _steps(cuts['prices'][own])[1]:.0f} % to a step of that network.")
+    evidence = RESULTS / str(system.evidence)
+    result: dict = json.loads(evidence.read_text()) if evidence.is_file() else {"columns": []}
+    if "seconds a run" in result["columns"]:
+        column = result["columns"].index("seconds a run")
+        method, baseline = (result["rows"][row][column] for row in ("method", "baseline"))
+        lines.append(
+            f"A whole run of the evidence, training and all, took {method} s, and {baseline} s with what it is "
+            "compared with, by the clock of a machine with other work to do: an order of magnitude. Parameters and "
+            "MACs of what comes out stand in the table above."
+        )
+    return " ".join(lines) or "Seconds beside what it replaces: not measured. What comes out is in the table above."
+
+
+def _criteria_price() -> str:
+    """The cheapest and the dearest criterion that was measured, from benchmarks/pruning_price.py."""
+    cuts = json.loads(CUTS.read_text())
+    steps = {name: _steps(cuts["prices"][name])[1] for name in _criteria() if name in cuts["prices"]}
+    low, high = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
+    return (
+        f"{len(steps)} of {len(_criteria())} are measured: scoring a ResNet-20 of half width once takes from "
+        f"{steps[low]:.2g} (`{low}`) to {steps[high]:.2g} (`{high}`) training steps of the same 64 images."
+    )
+
+
+def _criteria() -> tuple[str, ...]:
+    from convette.pruning import CRITERIA as known
+
+    return tuple(known)
+
+
+def _steps(price: dict) -> tuple[float, float]:
+    """Seconds, and how many training steps of the same run they are."""
+    return price["seconds"], price["seconds"] / price["step"]
 
 
 def _normaliser_price(result: dict, slug: str) -> str:

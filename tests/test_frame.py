@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import convette
-from convette import _files, _progress
+from convette import _files, _progress, _provenance
 from convette._provenance import provenance
 from convette.errors import ConvetteError, StorageError, UsageError, did_you_mean
 
@@ -101,6 +101,14 @@ def test_exit_codes_are_those_the_documentation_names():
     codes = {cls.__name__: cls.exit_code for cls in ConvetteError.__subclasses__() + UsageError.__subclasses__()}
     assert codes["UsageError"] == codes["FileFormatError"] == 2
     assert (codes["DataError"], codes["BudgetError"], codes["InterruptedRun"], codes["StorageError"]) == (3, 4, 5, 1)
+
+
+def test_a_command_for_others_leaves_absolute_paths_out(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    inside, outside = str(tmp_path / "a/b.json"), str(tmp_path.parent / "elsewhere")
+    monkeypatch.setattr("sys.argv", ["convette", "compare", inside, "--runs", outside, f"--out={inside}", "--seeds=3"])
+    assert provenance(1)["command"] == "convette compare a/b.json --runs elsewhere --out=a/b.json --seeds=3"
+    assert outside in _provenance.command()
 
 
 def test_provenance_names_no_path_outside_the_project():

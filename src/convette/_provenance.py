@@ -17,7 +17,7 @@ def provenance(seconds: float) -> dict:
     return {
         "machine": machine(),
         "versions": versions(),
-        "command": command(),
+        "command": command(local=False),
         "seconds": round(seconds, 1),
     }
 
@@ -44,15 +44,27 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def command() -> str:
-    """Return the command that runs now, the program's path shortened to what a user would type."""
+def command(local: bool = True) -> str:
+    """Return the command that runs now, the program's path shortened to what a user would type.
+
+    Not `local`: for readers elsewhere; of absolute paths only what is in the working folder, or the name, stays.
+    """
     program = Path(sys.argv[0])
     if program.name in ("__main__.py", "convette"):
         words = ["convette"]
     else:
         inside = program.is_absolute() and program.is_relative_to(Path.cwd())
         words = ["python", str(program.relative_to(Path.cwd()) if inside else program)]
-    return shlex.join([*words, *sys.argv[1:]])
+    return shlex.join([*words, *(sys.argv[1:] if local else map(_elsewhere, sys.argv[1:]))])
+
+
+def _elsewhere(argument: str) -> str:
+    option, equals, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    inside = path.is_relative_to(Path.cwd())
+    return option + equals + (str(path.relative_to(Path.cwd())) if inside else path.name)
 
 
 def processor() -> str:

@@ -8,7 +8,7 @@ from tests.report.made_run import make_run
 
 from convette import quantization
 from convette.pipeline import summary
-from convette.pipeline.results import ExportedFile, QuantizationResult, read_result, read_run
+from convette.pipeline.results import ExportedFile, QuantizationResult, read_result
 from convette.pipeline.stages.export import _of_engine, _recommend
 from convette.pipeline.stages.quantize import on_named_engine
 from convette.runtime import EngineSpec, Latency
@@ -112,7 +112,7 @@ def test_a_precision_is_chosen_among_those_of_the_engine_the_budget_names(named,
     assert ("the budget names" in found.reason) == (kept != "onnxruntime:cpu:int8")
 
 
-@pytest.mark.parametrize(("threads", "said"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("threads", "said"), [(1, True), (2, False)], ids=["fewer", "all"])
 def test_the_use_lines_say_that_a_limit_was_measured_with_fewer_threads(tmp_path, threads, said):
     folder = make_run(tmp_path)
     path = folder / "verify" / "result.json"
@@ -123,7 +123,10 @@ def test_the_use_lines_say_that_a_limit_was_measured_with_fewer_threads(tmp_path
         {"limit": "x", "metric": f"latency.p50@{engine}", "engine": engine, "value": 1, "bound": 2, "met": True}
     ]
     path.write_text(json.dumps(result))
-    assert read_run(folder).machine["threads"] == 2
+    record = json.loads((folder / "run.json").read_text())
+    record["recipe"]["run"] = {"contention": 1}
+    (folder / "run.json").write_text(json.dumps(record))
+    assert record["machine"]["cores"] == 2
     lines = "\n".join(summary._use(folder, read_result(folder, "verify")))
-    assert ("measured with 1 of 2 threads" in lines) == said
+    assert ("measured with 1 of 2 threads, beside 1 busy process." in lines) == said
     assert ("intra_op_num_threads = 1" in lines) == said

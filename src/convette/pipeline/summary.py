@@ -204,15 +204,15 @@ def _use(run_dir: Path, verified: VerifyResult) -> list[str]:
         f"python -c \"import convette; model = convette.load('{network}')\"",
     ]
     record = read_run(run_dir)
-    threads = fewer_threads(verified, record.machine["threads"])
+    load = record.recipe.get("run", {}).get("contention", 0)
+    # Left to itself an engine takes all cores; beside a load it was measured on those that are free.
+    most = record.machine["cores" if load else "threads"]
+    threads = fewer_threads(verified, most)
     commands += [_open(run_dir / file.file, file.format, threads) for file in exported.files if file.recommended]
     commands = list(dict.fromkeys(commands))
     if threads is not None:
-        load = record.recipe.get("run", {}).get("contention", 0)
         beside = f", beside {load} busy process{'es' if load > 1 else ''}" if load else ""
-        commands.append(
-            f"# The limits on latency were measured with {threads} of {record.machine['threads']} threads{beside}."
-        )
+        commands.append(f"# The limits on latency were measured with {threads} of {most} threads{beside}.")
     if record.stage("report").state != "left out":
         commands.append(f"open {run_dir / 'report.html'}")
     return commands
