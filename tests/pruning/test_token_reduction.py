@@ -15,7 +15,7 @@ from convette.layers import find_layer, folded_form
 from convette.layers.attention import TokenReduction, insert_token_reduction, match_tokens
 from convette.pruning import reduce_tokens, token_trajectory
 from convette.pruning.token_reduction import TokenCosts, choose_schedule, find_blocks, least_schedule
-from convette.surgery import Conversion, apply, convert_by, structure_log, trace
+from convette.surgery import Conversion, apply, convert_by, remove, structure_log, trace
 
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -36,7 +36,7 @@ def scored():
     return model, found, TokenCosts(model, found, IMAGES[:1], count(model, IMAGES[:1]).macs)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 500), st.integers(2, 13), st.integers(0, 3), st.data())
 def test_tokens_are_averages_of_groups_and_the_first_stay_as_they_are(seed, patches, prefix, data):
     remove = data.draw(st.integers(0, patches // 2))
@@ -123,11 +123,11 @@ def test_the_schedule_is_the_best_of_all_that_fit(scored, share):
 
 
 def test_budget_met_saved_loaded_and_cut_further(tmp_path):
-    model = models.create_model("timm:vit_tiny_patch16_224", num_classes=5, seed=0)
-    model = insert_nothing_but_three_blocks(model)
-    images = torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+    model = models.create_model("timm:test_vit", num_classes=5, seed=0).eval()
+    images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(2))
+    apply(model, remove(model, "blocks.2", images[:1]))  # an identity among the blocks from here on
     before = model(images)
-    network = reduce_tokens(model, images, "macs<=70%", step=49)
+    network = reduce_tokens(model, images, "macs<=70%", step=25)
     start, end = count(model, images[:1]), count(network, images[:1])
     assert end.macs <= 0.7 * start.macs and end.parameters == start.parameters
     assert torch.equal(model(images), before)  # a copy was changed
@@ -135,15 +135,6 @@ def test_budget_met_saved_loaded_and_cut_further(tmp_path):
     assert edit.kind == "install" and edit.arguments["blocks"] == "blocks" and sum(edit.arguments["remove"]) > 0
     models.save(network, tmp_path / "m.safetensors")
     assert torch.equal(models.load(tmp_path / "m.safetensors")(images), network(images))
-
-
-def insert_nothing_but_three_blocks(model):
-    """Leave three of twelve blocks, as edits, to be quick."""
-    from convette.surgery import remove
-
-    for index in range(11, 2, -1):
-        apply(model, remove(model, f"blocks.{index}", torch.zeros(1, 3, 224, 224)))
-    return model.eval()
 
 
 def test_heads_and_neurons_are_cut_behind_merged_tokens():
