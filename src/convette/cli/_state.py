@@ -1,7 +1,5 @@
 """What the shared switches set: quiet, debug."""
 
-import typer
-
 from convette import _progress
 
 debug = False
@@ -14,8 +12,7 @@ def set_debug(value: bool) -> bool:
     return value
 
 
-def set_quiet(context: typer.Context, value: bool) -> bool:
-    """Switch progress and notes off until the command ends, whoever called it."""
+def set_quiet(value: bool) -> bool:
+    """Switch progress and notes off."""
     _progress.set_quiet(value)
-    context.call_on_close(lambda: _progress.set_quiet(False))
     return value

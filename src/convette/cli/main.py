@@ -63,6 +63,7 @@ def run(arguments: list[str] | None = None) -> NoReturn:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on standard error."""
     _state.set_debug(False)
+    _state.set_quiet(False)
     try:
         value = app(args=arguments, prog_name="convette", standalone_mode=False)
         return value if isinstance(value, int) else 0
@@ -79,6 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         text = f"{type(error).__name__}: {error}".replace("\n", " ")
         return _fail(f"{text} (a bug, please report it with the output of --debug)", 1, error)
+    finally:
+        # Who calls this from Python keeps the notes of what comes after.
+        _state.set_quiet(False)
 
 
 def _usage(error: Any) -> str:
