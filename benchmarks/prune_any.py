@@ -38,7 +38,7 @@ COVERAGE = ROOT / "benchmarks" / "results" / "surgery_coverage.json"
 RESULT = ROOT / "benchmarks" / "results" / "prune_any.json"
 COMMAND = 'convette prune NAME --budget "macs<=50%" --criterion l1 --epochs 0'
 SECONDS = 900
-MEMORY = 10_000_000_000
+MEMORY = 16_000_000_000
 
 
 def one(name: str, folder: Path) -> dict:
