@@ -107,7 +107,7 @@ def test_a_command_for_others_leaves_absolute_paths_out(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     inside, outside = str(tmp_path / "a/b.json"), str(tmp_path.parent / "elsewhere")
     monkeypatch.setattr("sys.argv", ["convette", "compare", inside, "--runs", outside, f"--out={inside}", "--seeds=3"])
-    assert provenance(1)["command"] == "convette compare a/b.json --runs elsewhere --out=a/b.json --seeds=3"
+    assert provenance(1.0)["command"] == "convette compare a/b.json --runs elsewhere --out=a/b.json --seeds=3"
     assert outside in _provenance.command()
 
 
