@@ -6,7 +6,14 @@ from convette.pruning import CRITERIA
 
 SPEEDUPS = (2.0, 2.5, 4.0)
 RECOVERIES = ("none", "least_squares", "distilled")
-SHOWN = {"none": "no recovery", "least_squares": "least squares", "distilled": "3 epochs distilled"}
+# What `convette prune` does by itself: redistribution, then training. For the criteria that are asked for.
+BOTH = "both"
+SHOWN = {
+    "none": "no recovery",
+    "least_squares": "least squares",
+    "distilled": "3 epochs distilled",
+    BOTH: "least squares, then distilled",
+}
 # What each takes on a network of a few hundred channels; everything else as it comes.
 OPTIONS: dict[str, dict[str, Any]] = {"trajectory": {"images": 32}, "blend": {"generations": 4, "population": 10}}
 THEIRS = ("tp_l1", "tp_l2", "tp_lamp", "tp_geometric_median", "tp_bn_scale", "tp_taylor", "tp_hessian", "tp_random")

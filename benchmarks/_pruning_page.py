@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _pruning_arms import ARMS, DRAWN, INNER, RECOVERIES, SHOWN, THEIRS, key
+from _pruning_arms import ARMS, BOTH, DRAWN, INNER, RECOVERIES, SHOWN, THEIRS, key
 
 
 def mean_of(arms: Mapping[str, Any], network: str, criterion: str, speedup: float, recovery: str) -> float | None:
@@ -68,9 +68,33 @@ def page(found: Mapping[str, Any]) -> str:
                 )
                 cells.append("" if criterion in (*INNER, *THEIRS) else f"{seconds:.1f}")
                 lines.append(f"| `{criterion}` | " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += ["", *both(arms, network, criteria, speedups)]
     lines.append(f"Command: `{found['command']}` (the last sitting), on {found['machine']}; {found['versions']}.")
     return "\n".join(lines) + "\n"
+
+
+def both(arms: Mapping[str, Any], network: str, criteria: list[str], speedups: list[float]) -> list[str]:
+    """Return a small table of the criteria that were repaired by one recovery after the other, beside each alone."""
+    rows = []
+    for criterion in criteria:
+        cells = []
+        for speedup in speedups:
+            for recovery in ("least_squares", "distilled", BOTH):
+                value = mean_of(arms, network, criterion, speedup, recovery)
+                cells.append("" if value is None else f"{100 * value:.1f}")
+        if any(cells[2::3]):
+            rows.append(f"| `{criterion}` | " + " | ".join(cells) + " |")
+    if not rows:
+        return []
+    heads = [f"{speedup:g}x, {shown}" for speedup in speedups for shown in ("least squares", "distilled", "both")]
+    return [
+        "Least squares before the cut and the three epochs after it, as `convette prune` does by itself:",
+        "",
+        "| criterion | " + " | ".join(heads) + " |",
+        "|---" * (len(heads) + 1) + "|",
+        *rows,
+        "",
+    ]
 
 
 def picture(found: Mapping[str, Any], path: Path) -> None:

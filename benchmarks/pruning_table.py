@@ -7,7 +7,8 @@
 Every arm starts from the given weights and is cut once to the same limit on MACs (our counter for all) by the same
 allocation: the same share of every layer, unless `--allocation global` is given, so that arms differ by the criterion
 and the recovery alone: "none" (batch-norm statistics taken anew, as everywhere), "least_squares" (redistribution before
-the cut, on the criterion's calibration images) or "distilled" (three epochs taught by the unpruned network).
+the cut, on the criterion's calibration images) or "distilled" (three epochs taught by the unpruned network); "both",
+where it is asked for, is one after the other, as `convette prune` does it.
 Torch-Pruning's criteria (`pip install convette[benchmarks]`) score and rank by themselves, one share for every inner
 layer (its graph cannot tie channels over zero-padding shortcuts, so residual streams stay whole) until our count of
 MACs meets the limit; the cut and the recovery are the same as ours.
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _pruning_arms import ARMS, DRAWN, INNER, OPTIONS, RECOVERIES, SPEEDUPS, THEIRS, key
+from _pruning_arms import ARMS, BOTH, DRAWN, INNER, OPTIONS, RECOVERIES, SPEEDUPS, THEIRS, key
 from _pruning_page import page, picture
 from _torch_pruning import their_choice, their_scores
 from convette import surgery
@@ -72,7 +73,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56"])
     parser.add_argument("--criteria", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--recoveries", nargs="+", choices=RECOVERIES, default=[*RECOVERIES])
+    parser.add_argument("--recoveries", nargs="+", choices=[*RECOVERIES, BOTH], default=[*RECOVERIES])
     parser.add_argument("--speedups", nargs="+", type=float, default=[*SPEEDUPS])
     parser.add_argument("--allocation", default="uniform")
     parser.add_argument("--calibration-images", type=int, default=256)
@@ -287,12 +288,12 @@ class Bench:
 
     def cut(self, selection: Mapping[str, Tensor], recovery: str, seed: int) -> nn.Module:
         network = copy.deepcopy(self.parent)
-        if recovery == "least_squares":
+        if recovery in ("least_squares", BOTH):
             redistribute(network, self.graph, selection, self.calibration)
         if selection:
             surgery.apply(network, self.graph.shrink(selection))
         recalibrate(network, self.data, batches=4, seed=seed)
-        if recovery == "distilled":
+        if recovery in ("distilled", BOTH):
             chosen = replace(RECOVERY, seed=seed, precision=self.options.precision, memory_format="channels_last")
             network, _ = recover(
                 network,
