@@ -155,10 +155,11 @@ def listen(model: torch.nn.Module) -> list[torch.Tensor]:
 def one(name: str) -> dict:
     """Label, shrink, run, prove one model; return its row."""
     from convette.errors import StructureError
+    from convette.layers._watching import call
     from convette.surgery import apply, trace
     from convette.surgery._apply import relative_error
     from convette.surgery._proof import expected_outputs
-    from convette.surgery._trace import call, outputs_of
+    from convette.surgery._trace import outputs_of
 
     warnings.filterwarnings("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
@@ -245,10 +246,11 @@ def compared(name: str) -> dict:
 
 def in_double(name: str, selection: dict, example) -> float:
     """Prove the same selection in float64."""
+    from convette.layers._watching import call
     from convette.surgery import apply, trace
     from convette.surgery._apply import relative_error
     from convette.surgery._proof import expected_outputs
-    from convette.surgery._trace import call, outputs_of
+    from convette.surgery._trace import outputs_of
 
     torch.manual_seed(0)
     model = build(name).eval()

@@ -35,8 +35,8 @@ from torch import nn
 
 from convette._files import write_json
 from convette._provenance import provenance
+from convette.layers._watching import call
 from convette.surgery import apply, trace
-from convette.surgery._trace import call
 from surgery_coverage import build, randomise
 
 RESULT = Path(__file__).parent / "results" / "surgery_speed.json"

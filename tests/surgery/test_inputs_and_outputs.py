@@ -11,7 +11,8 @@ from tests.surgery.nets import half, randomise
 from torch import Tensor, nn
 
 from convette import surgery
-from convette.surgery._trace import call, outputs_of
+from convette.layers._watching import call
+from convette.surgery._trace import outputs_of
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from convette.cost._formulas import FORMULAS, LINEAR, MATMUL, UNCOUNTED_BY_CONVENTION, Term
+from convette.layers._watching import hooked
 
 # These update running statistics without saying so in their schema.
 _SILENT_WRITERS = frozenset({"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"})
@@ -113,11 +114,8 @@ class Recorder(TorchDispatchMode):
             module_hooks.register_module_forward_pre_hook(enter),
             module_hooks.register_module_forward_hook(leave),
         ]
-        try:
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # --- operators -------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from convette.cost._count import Example, record
 from convette.cost._widths import WidthCost
 from convette.cost.latency_table import Grid, LatencyTable, LayerShape, make_grid
 from convette.errors import UsageError
+from convette.layers._watching import hooked
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.PReLU)
 # Names and what they are, with the input each runs on -> (median, p90, interquartile range) in milliseconds.
@@ -44,12 +45,8 @@ def read_layers(model: nn.Module, example: Example) -> tuple[TabledLayer, ...]:
             calls.append((module, list(inputs[0].shape)))
 
     leaves = [module for module in model.modules() if not list(module.children())]
-    handles = [module.register_forward_pre_hook(note_call) for module in leaves]
-    try:
+    with hooked([module.register_forward_pre_hook(note_call) for module in leaves]):
         record(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
     found = []
     for number, (module, shape) in enumerate(calls):
         if not isinstance(module, nn.Conv2d | nn.Linear):

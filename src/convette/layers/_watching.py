@@ -1,10 +1,19 @@
 """Looking into a network while it runs, and leaving it as it was: its modes, its gradients, its hooks."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+
+def call(model: nn.Module, example: Any) -> Any:
+    """Call `model` on an example: a tensor, a tuple of arguments or a dict of named arguments."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    if isinstance(example, tuple):
+        return model(*example)
+    return model(example)
 
 
 @contextmanager
@@ -45,3 +54,15 @@ def hooked(handles: list[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def keeping_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Keep by name the latest output of each of the modules `names` while `model` runs; outputs are not detached."""
+    kept: dict[str, Any] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: kept.__setitem__(name, output))
+        for name in names
+    ]
+    with hooked(handles):
+        yield kept

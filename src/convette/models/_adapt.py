@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from convette._progress import note
 from convette.errors import UsageError
-from convette.layers._watching import in_eval
+from convette.layers._watching import hooked, in_eval
 
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 # A stem's pool comes after at most this many convolutions (deep stems have three); later pools end a stage.
@@ -23,15 +22,13 @@ class _Enough(Exception):
 @contextlib.contextmanager
 def _calls(model: nn.Module, on_call: Callable[[str, nn.Module], None]) -> Iterator[None]:
     """While open, call ``on_call(name, module)`` before every module without children runs."""
-    handles: list[RemovableHandle] = []
-    try:
-        for name, module in model.named_modules():
-            if not any(module.children()) or isinstance(module, (nn.Conv2d, *_POOLS)):
-                handles.append(module.register_forward_pre_hook(lambda m, _, name=name: on_call(name, m)))
+    handles = [
+        module.register_forward_pre_hook(lambda m, _, name=name: on_call(name, m))
+        for name, module in model.named_modules()
+        if not any(module.children()) or isinstance(module, (nn.Conv2d, *_POOLS))
+    ]
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _run(model: nn.Module, example: Tensor) -> None:

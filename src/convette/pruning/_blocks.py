@@ -1,12 +1,13 @@
 """Leaving blocks out: in which order they are missed least, and how many may go."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from convette.layers._watching import call, hooked, in_eval
 from convette.surgery import Remove, apply, removable, trace, untie
 
 
@@ -68,15 +69,6 @@ def _changes(network: nn.Module, example: Any, names: Sequence[str]) -> dict[str
         return hook
 
     handles = [modules[name].register_forward_hook(watch(name)) for name in names]
-    training = network.training
-    try:
-        network.eval()
-        if isinstance(example, Mapping):
-            network(**example)
-        else:
-            network(*(example if isinstance(example, tuple) else (example,)))
-    finally:
-        network.train(training)
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), in_eval(network):
+        call(network, example)
     return found

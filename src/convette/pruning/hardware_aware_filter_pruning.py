@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from convette.cost import Limit, WidthCost
 from convette.errors import StructureError, UsageError
-from convette.layers._watching import in_eval, keeping_gradients
+from convette.layers._watching import hooked, in_eval, keeping_gradients
 from convette.pruning._units import Scores, finite_scores
 from convette.pruning.allocation._ladder import Ladder, WidthRules, build_ladders
 from convette.pruning.allocation._search import (
@@ -142,11 +142,8 @@ def _exact(
         gains = torch.zeros(graph[name].size)
         for unit in range(len(gains)):
             handles = [module.register_forward_pre_hook(_without(index[unit])) for module, index in found]
-            try:
+            with hooked(handles):
                 without = log_probabilities()
-            finally:
-                for handle in handles:
-                    handle.remove()
             gains[unit] = sum(
                 float(functional.kl_div(b, a, reduction="sum", log_target=True))
                 for a, b in zip(whole, without, strict=True)
@@ -182,12 +179,8 @@ def _scaled_inputs(modules: Iterable[nn.Module], batch: int) -> Iterator[dict[nn
         shape = (batch, channels, 1, 1) if isinstance(module, nn.Conv2d) else (batch, *[1] * (x.ndim - 2), channels)
         return (x * own.view(shape), *inputs[1:])
 
-    handles = [module.register_forward_pre_hook(scale) for module in modules]
-    try:
+    with hooked([module.register_forward_pre_hook(scale) for module in modules]):
         yield factors
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _heads(outputs: Any) -> list[Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convette.layers._watching import hooked
 from convette.surgery._converting import _block
 
 
@@ -38,11 +39,8 @@ def blocks_of(model: nn.Module, layers: Sequence[str], example: Tensor) -> list[
             simple[name] = simple[name] and plain
 
         handles.append(model.get_submodule(name).register_forward_hook(seen, with_kwargs=True))
-    try:
+    with hooked(handles):
         model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
 
     def fits(name: str) -> bool:
         return calls[name] == 1 and simple[name]
@@ -65,12 +63,9 @@ def run_block(model: nn.Module, name: str, images: Tensor, batch_size: int = 64)
         taken.append(inputs[0].clone())
         given.append(output.clone())
 
-    handle = model.get_submodule(name).register_forward_hook(keep)
-    try:
+    with hooked([model.get_submodule(name).register_forward_hook(keep)]):
         for part in images.split(batch_size):
             model(part)
-    finally:
-        handle.remove()
     return torch.cat(taken), torch.cat(given)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convette._progress import progress
+from convette.layers._watching import keeping_outputs
 from convette.quantization._blocks import Block, relative_error, run_block
 from convette.training import distillation_loss
 
@@ -85,7 +86,8 @@ def _joint_loss(
     settings: "LowBitSettings",
     beta: float,
 ) -> Tensor:
-    with _outputs(teacher, names if beta else ()) as theirs, _outputs(student, names if beta else ()) as ours:
+    kept = names if beta else ()
+    with keeping_outputs(teacher, kept) as theirs, keeping_outputs(student, kept) as ours:
         with torch.no_grad():
             expected = teacher(images)
         found = student(images)
@@ -93,30 +95,9 @@ def _joint_loss(
         total = distillation_loss(found, expected, settings.temperature)
     else:
         total = relative_error(found, expected)
-    for name in names if beta else ():
+    for name in kept:
         total = total + beta * relative_error(ours[name], theirs[name]) / len(names)
     return total
-
-
-class _outputs:
-    """The outputs of named modules while the network runs."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self._model, self._names = model, names
-
-    def __enter__(self) -> dict[str, Any]:
-        kept: dict[str, Any] = {}
-        self._handles = [
-            self._model.get_submodule(name).register_forward_hook(
-                lambda module, inputs, output, name=name: kept.__setitem__(name, output)
-            )
-            for name in self._names
-        ]
-        return kept
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 def _optimise(

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import nn
 
 from convette.errors import ConvetteError, FileFormatError, StructureError
-from convette.layers._watching import hooked
+from convette.layers._watching import call, hooked
 from convette.surgery._dataflow import dataflow
 from convette.surgery._edits import Change, find_module
 from convette.surgery._placing import place
@@ -85,7 +85,7 @@ def absorb_edits(model: nn.Module, example: Any) -> list[Absorb]:
 
 
 def _runs_once(model: nn.Module, name: str, example: Any) -> bool:
-    from convette.surgery._trace import call, evaluating
+    from convette.surgery._trace import evaluating
 
     runs = 0
 

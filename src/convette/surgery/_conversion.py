@@ -12,7 +12,7 @@ from torch import nn
 from convette.errors import ConvetteError, StructureError, UsageError, did_you_mean
 from convette.layers import find_layer, is_layer, is_placing
 from convette.layers._stages import stages
-from convette.layers._watching import hooked
+from convette.layers._watching import call, hooked
 from convette.surgery._append import Append
 from convette.surgery._apply import StructureChange, apply
 from convette.surgery._constructing import _tupled, constructor_name, is_plain, listed
@@ -229,7 +229,7 @@ class _Outputs(_Channels):
     def _run(self) -> None:
         from torch import Tensor
 
-        from convette.surgery._trace import call, evaluating
+        from convette.surgery._trace import evaluating
 
         known: dict[int, int] = {}
 

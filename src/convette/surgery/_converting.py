@@ -13,14 +13,14 @@ from convette._progress import note
 from convette.errors import StructureError, did_you_mean
 from convette.layers import find_layer, is_layer
 from convette.layers._stages import stages
-from convette.layers._watching import hooked
+from convette.layers._watching import call, hooked
 from convette.surgery._apply import StructureChange, apply
 from convette.surgery._constructing import constructor_name, from_attributes, is_plain, layer_class, listed
 from convette.surgery._convert import Convert
 from convette.surgery._edits import Edit
 from convette.surgery._guessing import guessed_image
 from convette.surgery._placing import is_block
-from convette.surgery._trace import call, evaluating, outputs_of
+from convette.surgery._trace import evaluating, outputs_of
 
 WHERE = ("all", "stem", "head", "first in block", "last in block", "first in stage", "last in stage")
 # What layers call the number of their channels, and the other names one layer has for the same thing as another.

@@ -1,6 +1,7 @@
 """Which call read which call's result, in one run of a network."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
+from convette.layers._watching import call, hooked
 from convette.surgery._calls import function_name, tensors_in
 from convette.surgery._rules import READS
-from convette.surgery._trace import call, evaluating, outputs_of
+from convette.surgery._trace import evaluating, outputs_of
 
 _TAG = "_convette_flow"
 
@@ -49,6 +51,14 @@ class Flow(TorchFunctionMode):
         """Note that a module has run."""
         self.stack.pop()
 
+    @contextlib.contextmanager
+    def following_modules(self) -> Iterator[None]:
+        """Let `enter` and `leave` know of every module that runs."""
+        before = module_hooks.register_module_forward_pre_hook(self.enter)
+        after = module_hooks.register_module_forward_hook(self.leave, always_call=True)
+        with hooked([before, after]):
+            yield
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Carry out the call and note it."""
         kwargs = kwargs or {}
@@ -82,14 +92,8 @@ class Flow(TorchFunctionMode):
 def dataflow(model: nn.Module, example: Any) -> Sequence[Node]:
     """Run `model` once on `example`, in eval mode, and return its calls; results it gives out have one reader more."""
     flow = Flow(model)
-    before = module_hooks.register_module_forward_pre_hook(flow.enter)
-    after = module_hooks.register_module_forward_hook(flow.leave, always_call=True)
-    try:
-        with evaluating(model), flow:
-            output = call(model, example)
-    finally:
-        before.remove()
-        after.remove()
+    with flow.following_modules(), evaluating(model), flow:
+        output = call(model, example)
     for tensor in outputs_of(output, []):
         source = flow.source(tensor)
         if source >= 0:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from convette.errors import StructureError
-from convette.layers._watching import hooked
+from convette.layers._watching import call, hooked
 from convette.surgery._apply import apply, relative_error
 from convette.surgery._calls import tensors_in
 from convette.surgery._dataflow import Node, dataflow
@@ -27,7 +27,7 @@ from convette.surgery._fold_more import (
     fused_form,
     is_plain_layer,
 )
-from convette.surgery._trace import call, evaluating
+from convette.surgery._trace import evaluating
 from convette.surgery._trial import in_double, trial_error
 
 _ROUNDS = 20

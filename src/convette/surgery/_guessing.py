@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from convette.errors import StructureError
-from convette.surgery._trace import call, evaluating
+from convette.layers._watching import call
+from convette.surgery._trace import evaluating
 
 # Rows and columns tried where nothing is asked but how many channels each layer reads: small images first.
 _SIDES = (64, 224, 256, 299, 384)

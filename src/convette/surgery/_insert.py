@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from convette.errors import FileFormatError, StructureError, did_you_mean
-from convette.layers._watching import hooked
+from convette.layers._watching import call, hooked
 from convette.surgery._edits import Change, find_module
 from convette.surgery._placing import like_its_place, place
-from convette.surgery._trace import call, evaluating
+from convette.surgery._trace import evaluating
 from convette.surgery._trial import trial_error
 
 FORMS = ("conv", "block")

@@ -123,8 +123,9 @@ class _Stage:
     def _attempt(
         self, trial: Any, apply: Callable[[nn.Module], Change], example: Any, values: WithoutValues | None
     ) -> tuple[list[Mismatch], tuple[str, StructureError] | None]:
+        from convette.layers._watching import call
         from convette.surgery._rules import READS
-        from convette.surgery._trace import call, evaluating, running_modules
+        from convette.surgery._trace import evaluating, running_modules
 
         model = self.graph.model
         heads = frozenset(trial.free_heads)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from convette.layers._watching import call
 from convette.surgery._calls import function_name, tensors_in
 from convette.surgery._edits import Shrink, find_tensor
 from convette.surgery._graph import ChannelGraph
 from convette.surgery._records import Layers, Scope
 from convette.surgery._rules import READS
 from convette.surgery._sizes import Expectation
-from convette.surgery._trace import call, evaluating, outputs_of
+from convette.surgery._trace import evaluating, outputs_of
 from convette.surgery._walk import Kept, Walk
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from convette.errors import StructureError
-from convette.layers._watching import hooked
+from convette.layers._watching import call, hooked
 from convette.surgery._apply import relative_error
 from convette.surgery._edits import find_module
 from convette.surgery._log import Origin, set_origin, structure_log
 from convette.surgery._stitch import CONSTRUCTOR, Side, Stitch, Stitched, fed
-from convette.surgery._trace import call, evaluating, outputs_of
+from convette.surgery._trace import evaluating, outputs_of
 
 
 def stitch(

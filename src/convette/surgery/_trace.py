@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convette.errors import StructureError
+from convette.layers._watching import call
 from convette.surgery import _rules
 from convette.surgery._graph import ChannelGraph
 from convette.surgery._labels import narrowed, normalised, varying
@@ -37,15 +38,6 @@ def evaluating(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> 
         torch.backends.mha.set_fastpath_enabled(fast)
         for module in training:
             module.training = True
-
-
-def call(model: nn.Module, example: Any) -> Any:
-    """Call `model` on an example: a tensor, a tuple of arguments or a dict of named arguments."""
-    if isinstance(example, Mapping):
-        return model(**example)
-    if isinstance(example, tuple):
-        return model(*example)
-    return model(example)
 
 
 @contextlib.contextmanager

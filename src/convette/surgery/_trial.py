@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from convette.errors import StructureError
+from convette.layers._watching import call
 from convette.surgery._apply import relative_error
 from convette.surgery._edits import Change, Edit
-from convette.surgery._trace import call, evaluating, outputs_of
+from convette.surgery._trace import evaluating, outputs_of
 
 
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:

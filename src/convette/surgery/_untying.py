@@ -4,13 +4,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 
 from convette.errors import StructureError
+from convette.layers._watching import call
 from convette.surgery._dataflow import Flow, Node
 from convette.surgery._edits import find_module, find_tensor
 from convette.surgery._graph import ChannelGraph
-from convette.surgery._trace import call, evaluating
+from convette.surgery._trace import evaluating
 from convette.surgery._trial import trial_error
 from convette.surgery._untie import Site, Untie
 
@@ -61,14 +61,8 @@ class _Modules(Flow):
         self.begun: list[int] = []
         self.runs: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        before = module_hooks.register_module_forward_pre_hook(self.enter)
-        after = module_hooks.register_module_forward_hook(self.leave, always_call=True)
-        try:
-            with evaluating(model), self:
-                call(model, example)
-        finally:
-            before.remove()
-            after.remove()
+        with self.following_modules(), evaluating(model), self:
+            call(model, example)
 
     def enter(self, module: nn.Module, args: Any) -> None:
         super().enter(module, args)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from convette.errors import StructureError, TrainingError
+from convette.layers._watching import hooked
 from convette.training.distributed import gather, world_size
 
 
@@ -85,11 +86,8 @@ def blame(model: nn.Module, images: Tensor) -> str:
     handles = [
         module.register_forward_hook(_watch(name or "the network", found)) for name, module in model.named_modules()
     ]
-    try:
+    with hooked(handles):
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return f"the output of module {found[0]!r}" if found else "none inside the network (the loss itself)"
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from convette.errors import UsageError
 from convette.layers._stages import stages
-from convette.layers._watching import hooked
+from convette.layers._watching import call, hooked
 from convette.layers.normalization._residual import last_norms
 
 
@@ -50,7 +50,7 @@ def attach(
 
 def output_shapes(model: nn.Module, example: Any, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Return the shape of what each of the modules gives on `example`."""
-    from convette.surgery._trace import call, evaluating
+    from convette.surgery._trace import evaluating
 
     shapes: dict[str, tuple[int, ...]] = {}
 

@@ -14,6 +14,7 @@ from convette.errors import UsageError
 from convette.layers._checks import check_maps
 from convette.layers._folding import Stays
 from convette.layers._stages import stages as stages_of
+from convette.layers._watching import hooked, in_eval
 
 # Logit of a path's own way at the start: 0.88 of the softmax of two paths.
 OWN = 2.0
@@ -307,11 +308,8 @@ def collect_routes(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     handles = [
         module.register_forward_pre_hook(note) for module in model.modules() if isinstance(module, CrossConnection)
     ]
-    try:
+    with hooked(handles):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def balance_loss(routes: Float[Tensor, "n m j"], weight: float = 1e-2) -> Float[Tensor, ""]:
@@ -331,17 +329,11 @@ def route_report(
 
     Runs `model` in eval mode on batches of (images, labels). Raises `UsageError` without batches or connections.
     """
-    seen: dict[str, list[Tensor]] = {}
     labels: list[Tensor] = []
-    training = model.training
-    try:
-        with collect_routes(model.eval()) as routes:
-            for images, classes in batches:
-                model(images)
-                labels.append(classes)
-            seen = routes
-    finally:
-        model.train(training)
+    with in_eval(model), collect_routes(model) as seen:
+        for images, classes in batches:
+            model(images)
+            labels.append(classes)
     if not labels or not seen:
         raise UsageError("route_report: the network has no cross-connection, or there were no batches.")
     every = torch.cat(labels)
@@ -357,13 +349,9 @@ def freeze_routing(model: nn.Module, batches: Iterable[Float[Tensor, "n c h w"]]
 
     The function changes: measure the accuracy before and after. Raises `UsageError` without batches or connections.
     """
-    training = model.training
-    try:
-        with collect_routes(model.eval()) as routes:
-            for images in batches:
-                model(images)
-    finally:
-        model.train(training)
+    with in_eval(model), collect_routes(model) as routes:
+        for images in batches:
+            model(images)
     if not routes:
         raise UsageError("freeze_routing: the network has no cross-connection, or there were no batches.")
     for name, parts in routes.items():

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from convette.errors import StructureError, UsageError
+from convette.layers import _watching
 from convette.layers._watching import in_eval, keeping_gradients
 from convette.pruning._units import tensors_of
 from convette.surgery import ChannelGraph, Group, Member
@@ -133,11 +134,8 @@ def hooked(
         else:
             hook = _heads_hook(watched, note, copies) if through == "heads" else _output_hook(watched, note, copies)
             handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
-    try:
+    with _watching.hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _input_hook(watched: list, note: Callable, copies: bool) -> Callable:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.errors import UsageError
+from convette.layers._watching import hooked
 from convette.pruning._units import finite_scores
 from convette.pruning.criteria._observing import batches_of, run, scoring
 from convette.pruning.criteria.loss_increase import zeroed
@@ -145,12 +146,8 @@ class _Features:
                 found.append(self._rows(value, len(found)))
 
         handles = [modules[name].register_forward_hook(keep) for name in self.names]
-        try:
-            output = run(self.model, images)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found, output
+        with hooked(handles):
+            return found, run(self.model, images)
 
     def _rows(self, value: Tensor, number: int) -> Tensor:
         flat = value.movedim(1, -1).flatten(0, -2) if value.ndim >= 4 else value.flatten(0, -2)

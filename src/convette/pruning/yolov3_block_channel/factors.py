@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from convette.errors import StructureError, UsageError
-from convette.layers._watching import hooked, in_eval
+from convette.layers._watching import call, hooked, in_eval
 from convette.surgery import removable
 from convette.training import Event, Method
 
@@ -33,7 +33,7 @@ def branch_norms(model: nn.Module, example: Any) -> dict[str, str]:
     norms = [module for module in modules.values() if isinstance(module, nn.BatchNorm2d)]
     handles = [norm.register_forward_pre_hook(note) for norm in norms]
     with hooked(handles), in_eval(model), torch.no_grad():
-        model(*(example if isinstance(example, tuple) else (example,)))
+        call(model, example)
     return {block: found[block] for block in blocks if block in found}
 
 

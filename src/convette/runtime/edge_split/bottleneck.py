@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from convette.errors import StructureError, UsageError
 from convette.layers import replace_modules
+from convette.layers._watching import hooked, in_eval, keeping_outputs
 
 
 class Bottleneck(nn.Module):
@@ -60,13 +61,8 @@ def inject(model: nn.Module, at: str, example: Tensor, channels: int = 3, width:
     if module is None or not at:
         raise StructureError(f"{type(model).__name__} has no module {at!r}.")
     handle = module.register_forward_hook(lambda m, inputs, output: sizes.append((inputs, output)))
-    training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    finally:
-        handle.remove()
-        model.train(training)
+    with hooked([handle]), in_eval(model), torch.no_grad():
+        model(example)
     shapes = _shapes(*sizes[0]) if sizes else None
     if shapes is None:
         raise StructureError(f"module {at!r} cannot become a bottleneck: it must map one image to one of equal size.")
@@ -120,7 +116,7 @@ def distil_head(
     for epoch in range(epochs):
         losses = []
         for images in batches(epoch):
-            with _tapped(student, names) as ours, _tapped(teacher, names) as theirs:
+            with keeping_outputs(student, names) as ours, keeping_outputs(teacher, names) as theirs:
                 with torch.no_grad():
                     teacher(images)
                 student(images)
@@ -137,23 +133,6 @@ def distil_head(
         means.append(float(np.mean(losses)))
     student.eval().requires_grad_(True)
     return means
-
-
-class _tapped:
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self.model, self.names = model, names
-
-    def __enter__(self) -> dict[str, Any]:
-        kept: dict[str, Any] = {}
-        self.handles = [
-            self.model.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: kept.__setitem__(name, o))
-            for name in self.names
-        ]
-        return kept
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 class NeuralFilter(nn.Module):
