@@ -75,7 +75,7 @@ def test_no_worse_than_ranking_and_refined_where_there_are_many_widths(network, 
     scores = l1(network, graph)
     half = limit("macs", 0.5 * width_cost.macs({}))
     proven, refined = (
-        removed_score(scores, graph, exact(scores, graph, width_cost, half, most_rungs=most)) for most in (64, 4)
+        removed_score(scores, graph, exact(scores, graph, width_cost, half, most_widths=most)) for most in (64, 4)
     )
     ranked = removed_score(scores, graph, global_ranking(scores, graph, width_cost, half))
     assert proven <= refined + 1e-5 <= ranked + 2e-5

@@ -23,13 +23,18 @@ def prune(
         int | None, typer.Option("--epochs", help="Epochs of recovery, over all steps. (prune.epochs)")
     ] = None,
     criterion: Annotated[
-        str | None, typer.Option("--criterion", help="l1, l2, taylor, bn_scale, lamp or random. (prune.criterion)")
+        str | None,
+        typer.Option(
+            "--criterion",
+            help="l1, taylor, fisher, discriminant_information ...; --set prune.criterion_options.NAME=VALUE."
+            " (prune.criterion)",
+        ),
     ] = None,
     allocation: Annotated[
         str | None,
         typer.Option(
             "--allocation",
-            help="global, uniform, exact, evolution, transformable_architecture_search ... (prune.allocation)",
+            help="global, uniform, exact, evolution ...; --set prune.allocation_options.NAME=VALUE. (prune.allocation)",
         ),
     ] = None,
     schedule: Annotated[

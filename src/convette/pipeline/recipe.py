@@ -14,6 +14,7 @@ epochs = 30
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -169,7 +170,7 @@ class Recipe(Section):
         tables = self.tables()
         tables["run"].pop("out")
         # Keys that came later: where they are empty a run keeps the name it had before.
-        for section, key in (("model", "options"), ("prune", "schedule_options")):
+        for section, key in (("model", "options"), ("prune", "schedule_options"), ("prune", "allocation_options")):
             if not tables[section].get(key):
                 tables[section].pop(key, None)
         # A recipe without such steps keeps the name it had before there were any.
@@ -233,11 +234,15 @@ def build_recipe(
     if "run.seed" in given:
         given = {f"{name}.seed": given["run.seed"] for name in SEEDED} | given
     for dotted, value in given.items():
-        section, _, key = dotted.partition(".")
+        section, *path = dotted.split(".")
         table = merged.setdefault(section, {})
-        if not key or not isinstance(table, dict):
+        for name in path[:-1]:
+            # A table within the section, such as prune.criterion_options: copied, because it may be the caller's.
+            table[name] = dict(table[name]) if isinstance(table.get(name), Mapping) else {}
+            table = table[name]
+        if not path or not isinstance(table, dict):
             raise UsageError(f"{dotted}: not a key of a recipe; write section.key, such as train.epochs.")
-        table[key] = value
+        table[path[-1]] = value
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
@@ -312,7 +317,7 @@ def _blamed(tables: Mapping[str, Any], message: str) -> list[str]:
             Recipe.model_validate({section: table})
         except ConvetteError:
             keys = table if isinstance(table, dict) else {}
-            named = [key for key in keys if f"{section}.{key} " in message]
+            named = [key for key in keys if re.search(rf"\b{section}\.{key}\b", message)]
             # Else the key whose value is quoted; the longest, because a 3 is found in many words.
             quoted = [key for key, value in keys.items() if repr(value) in message]
             named += sorted(quoted, key=lambda key: -len(repr(keys[key])))

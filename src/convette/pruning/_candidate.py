@@ -11,7 +11,7 @@ from convette.pruning._calibration import cut, loss_of_cuts
 from convette.pruning._cap_search import CapPoint, search_cap
 from convette.pruning._measured import MeasuredLimits, worst
 from convette.pruning._units import Scores
-from convette.pruning.allocation import WidthRules, build_ladders, find_allocation
+from convette.pruning.allocation import WidthRules, allocate, build_ladders
 from convette.pruning.allocation._search import predicted, smallest_selection
 from convette.pruning.criteria import score_units
 from convette.pruning.settings import PruneSettings
@@ -55,12 +55,21 @@ class Candidate:
 
     def within(self, limits: Sequence[Limit]) -> Selection:
         """Return the selection that meets the (absolute, predictable) `limits`."""
-        allocate = find_allocation(self.settings.allocation)
         loss = None
         if self.calibration:
             again = self.settings.recalibrate
             loss = loss_of_cuts(self.network, self.graph, self.calibration, recalibrate=again)
-        return allocate(self.scores, self.graph, self.width_cost, limits, rules=self.rules, loss=loss)
+        return allocate(
+            self.settings.allocation,
+            self.scores,
+            self.graph,
+            self.width_cost,
+            limits,
+            rules=self.rules,
+            loss=loss,
+            seed=self.settings.seed,
+            options=self.settings.allocation_options,
+        )
 
 
 def prepare_candidate(

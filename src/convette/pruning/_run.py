@@ -19,12 +19,10 @@ from convette.pruning._blocks import drop_blocks, untied
 from convette.pruning._calibration import cut, draw_calibration
 from convette.pruning._deciding import Decision, decide, say, smallest_cost
 from convette.pruning._distributed import copy_from_main_rank, decided_by_main_rank
+from convette.pruning._in_training import make_method
 from convette.pruning._measured import MEASURED, Measure, MeasuredLimits, engine_of
 from convette.pruning._store import StateStore, fingerprint
 from convette.pruning.frameworks import FRAMEWORKS, run_framework
-from convette.pruning.methods.gradual_pruning import GradualPruning
-from convette.pruning.methods.growing_regularization import GrowingRegularization
-from convette.pruning.methods.soft_pruning import SoftPruning
 from convette.pruning.recovery import recalibrate, recover
 from convette.pruning.redistribution import redistribute
 from convette.pruning.result import PruneResult, StepRecord, widths_of, write_history
@@ -224,21 +222,8 @@ class Run:
         """Return what prunes during the training of this step, where the schedule is one of those that do."""
         if not self.targets:
             return ()
-        kinds = {"gradual": GradualPruning, "growing": GrowingRegularization, "soft": SoftPruning}
         limits = tuple(Limit(metric, None, value, False, None) for metric, value in self.targets)
-        choices = self.settings
-        method = kinds[choices.schedule](
-            Budget(limits),
-            criterion=choices.criterion,
-            criterion_options=choices.criterion_options,
-            allocation=choices.allocation,
-            multiple_of=choices.multiple_of,
-            min_fraction=choices.least_share,
-            constraints=choices.constraints,
-            calibration=self.calibration(),
-            seed=choices.seed,
-        )
-        return (method,)
+        return (make_method(self.settings, Budget(limits), self.calibration()),)
 
     def calibration(self) -> list[tuple[Tensor, Tensor]]:
         """Return the calibration batches, ready for the network; none without data."""

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from convette._symbols import load_symbol
 from convette.cost import Budget, count
 from convette.data import ImageData
 from convette.errors import UsageError, did_you_mean
+from convette.pruning._in_training import IN_TRAINING
+from convette.pruning._in_training import check_options as check_options_in_training
 from convette.pruning.result import StepRecord
 from convette.training import EpochRecord, distributed
 
@@ -40,18 +43,18 @@ class Outcome:
 
 def check_options(schedule: str, options: Mapping[str, Any]) -> None:
     """Raise `UsageError` for an option that `schedule` does not have, or a value out of its range."""
+    if schedule in IN_TRAINING:
+        check_options_in_training(schedule, options)
+        return
     if schedule not in FRAMEWORKS:
         if options:
-            raise UsageError(
-                f"prune.schedule_options = {dict(options)}: schedule {schedule!r} has none;"
-                f" {', '.join(FRAMEWORKS)} have."
-            )
+            raise UsageError(f"schedule {schedule!r} has none; {', '.join((*IN_TRAINING, *FRAMEWORKS))} have.")
         return
     known = [field.name for field in fields(_settings(schedule)) if field.name not in _OWN]
     for option in options:
         if option not in known:
             own = " It is a key of [prune] itself." if option in _OWN else did_you_mean(option, known)
-            raise UsageError(f"prune.schedule_options: {schedule} has no option {option!r}.{own}")
+            raise UsageError(f"schedule {schedule} has no option {option!r}.{own}")
     _settings(schedule)(**options)
 
 
@@ -85,8 +88,7 @@ def run_framework(run: "Run", network: nn.Module) -> nn.Module:
         run.step = settings.cuts
         run.store.save(network, run.edits_before, run.step, True, run.facts(network))
         return network
-    module, symbol = FRAMEWORKS[settings.schedule][1].split(":")
-    outcome: Outcome = getattr(import_module(module), symbol)(run, network)
+    outcome: Outcome = load_symbol(FRAMEWORKS[settings.schedule][1])(run, network)
     run.records += outcome.records
     run.recovery += outcome.history
     run.store.save(outcome.model, run.edits_before, run.step, not outcome.epochs, run.facts(outcome.model))
@@ -105,5 +107,4 @@ def data_of(run: "Run") -> ImageData:
 
 
 def _settings(schedule: str) -> Any:
-    module, symbol = FRAMEWORKS[schedule][0].split(":")
-    return getattr(import_module(module), symbol)
+    return load_symbol(FRAMEWORKS[schedule][0])

@@ -98,6 +98,7 @@ def check_budget(
         criterion=criterion,
         criterion_options=options,
         allocation="global",
+        allocation_options={},
         schedule="iterative",
         schedule_options={},
         epochs=0,

@@ -1,20 +1,19 @@
 """The choices of a pruning run, as a recipe holds them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from convette.errors import UsageError, did_you_mean
-from convette.pruning.allocation import ONLY_COUNTED, find_allocation
-from convette.pruning.criteria import check_options
+from convette.pruning import allocation, criteria, frameworks
+from convette.pruning._in_training import IN_TRAINING
 from convette.pruning.frameworks import FRAMEWORKS
-from convette.pruning.frameworks import check_options as check_schedule_options
 from convette.surgery import WidthConstraints
 
-OptionValue = str | int | float | bool
+OptionValue = str | int | float | bool | list[str | int | float] | tuple[str | int | float, ...]
 CHOICES = {
     "predictor": ("macs", "latency_table"),
-    "schedule": ("iterative", "gradual", "growing", "soft", *FRAMEWORKS),
+    "schedule": ("iterative", *IN_TRAINING, *FRAMEWORKS),
     "distil_from": ("logits", "features", "in_place"),
 }
 
@@ -24,12 +23,14 @@ class PruneSettings:
     """How `prune` gets to the budget.
 
     - `criterion`, `criterion_options`: what a unit is worth (a name in `CRITERIA`, and that function's own options).
-    - `allocation`: where the budget is spent (a name in `ALLOCATIONS`).
+    - `allocation`, `allocation_options`: where the budget is spent (a name in `ALLOCATIONS`, and that function's own
+      options, such as the `generations` of "evolution").
     - `schedule`: "iterative" cuts and recovers in `steps`; "gradual", "growing" and "soft" prune in one training of all
       `epochs`: by many small cuts (`GradualPruning`), by a growing decay of what is cut later
       (`GrowingRegularization`), by masks that units may come back from (`SoftPruning`). Whole frameworks decide for
       themselves and count only: "n2n" (policies remove and shrink), "block_then_channel" (rounds of sparse training).
-    - `schedule_options`: of a framework (the fields of `N2NSettings`, `BlockChannelSettings`).
+    - `schedule_options`: of "gradual", "growing" and "soft" `begin`, `end`, `times` and `floor`, as in those classes;
+      of a framework the fields of `N2NSettings`, `BlockChannelSettings`.
     - `steps`: the cost falls in this many steps, each by the same factor; scores are taken anew at each. 1: one shot.
     - `untie`: residual streams are un-tied first (`convette.surgery.untie`): each layer then chooses on its own which
       channels of a stream it writes and reads, at the price of gathers and scatters.
@@ -63,6 +64,7 @@ class PruneSettings:
     criterion: str = "l1"
     criterion_options: Mapping[str, OptionValue] = field(default_factory=dict)
     allocation: str = "global"
+    allocation_options: Mapping[str, OptionValue] = field(default_factory=dict)
     schedule: Literal["iterative", "gradual", "growing", "soft", "n2n", "block_then_channel"] = "iterative"
     schedule_options: Mapping[str, OptionValue] = field(default_factory=dict)
     steps: int = 5
@@ -82,18 +84,21 @@ class PruneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_options(self.criterion, self.criterion_options)
-        find_allocation(self.allocation)
         for name, offered in CHOICES.items():
             chosen = getattr(self, name)
             if chosen not in offered:
                 raise UsageError(f"prune.{name} = {chosen!r} is unknown.{did_you_mean(str(chosen), offered)}")
-        check_schedule_options(self.schedule, self.schedule_options)
+        for name, check in (
+            ("criterion", criteria.check_options),
+            ("allocation", allocation.check_options),
+            ("schedule", frameworks.check_options),
+        ):
+            _named(f"prune.{name}_options", check, getattr(self, name), getattr(self, f"{name}_options"))
         if self.schedule != "iterative" and not self.epochs:
             raise UsageError(f"prune.schedule = {self.schedule!r} prunes while training: prune.epochs = 0 leaves none.")
         if self.schedule != "iterative" and self.predictor != "macs":
             raise UsageError(f"prune.schedule = {self.schedule!r} counts, it does not predict: use predictor = 'macs'.")
-        if self.predictor == "latency_table" and self.allocation in ONLY_COUNTED:
+        if self.predictor == "latency_table" and self.allocation in allocation.ONLY_COUNTED:
             raise UsageError(
                 f"prune.allocation = {self.allocation!r} needs a cost it can count; with a latency table use opti_cut."
             )
@@ -128,3 +133,12 @@ class PruneSettings:
             return self.epochs
         share, rest = divmod(self.epochs, self.steps)
         return share + rest if step == self.steps else share
+
+
+def _named(key: str, check: Callable[..., Any], chosen: str, options: Mapping[str, Any]) -> None:
+    """Check a name and its options; an error of the options is told by their `key`."""
+    check(chosen, {})
+    try:
+        check(chosen, options)
+    except UsageError as error:
+        raise UsageError(f"{key}: {error}") from error

@@ -1,12 +1,15 @@
 """Evolution of the shares that groups keep, judged by the loss of the cut network."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor
 
 from convette.cost import Limit, WidthCost
 from convette.errors import UsageError
+from convette.pruning._options import check_values
 from convette.pruning._units import Scores
 from convette.pruning.allocation._ladder import WidthRules, build_ladders
 from convette.pruning.allocation._scaling import scaled_rungs
@@ -24,8 +27,8 @@ def evolution(
     *,
     rules: WidthRules | None = None,
     loss: Callable[[Mapping[str, Tensor]], float] | None = None,
-    population: int = 10,
-    generations: int = 6,
+    population: Annotated[int, Field(ge=3)] = 10,
+    generations: Annotated[int, Field(ge=0)] = 6,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     r"""Search the shares of all groups by evolution: every candidate meets the limit, the lowest loss wins.
@@ -38,11 +41,13 @@ def evolution(
     that grows with the number of groups, where one evaluation here is a pass over the calibration images.
 
     Returns the kept units of every group that loses some; the same for the same `seed`. Raises `BudgetError` with the
-    smallest reachable cost, `UsageError` without `loss`. Costs about ``population * (generations + 1)`` losses, each
-    choice of widths once. Source: the search of He et al., AMC, arXiv 1802.03494, with evolution for its agent.
+    smallest reachable cost, `UsageError` without `loss` or for a `population` below 3. Costs about
+    ``population * (generations + 1)`` losses, each choice of widths once. Source: the search of He et al., AMC, arXiv
+    1802.03494, with evolution for its agent.
     """
     if loss is None:
         raise UsageError("allocation evolution measures the loss: give a data set, or use global or uniform.")
+    check_values("allocation evolution", evolution, population=population, generations=generations)
     ladders = build_ladders(scores, graph, rules or WidthRules())
     limits = absolute_limits(limit)
     sizes = {ladder.name: ladder.size for ladder in ladders}

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from convette._progress import note
 from convette.cost import Limit, WidthCost
+from convette.pruning._options import check_values
 from convette.pruning._units import Scores
 from convette.pruning.allocation._ladder import Ladder, WidthRules, build_ladders
 from convette.pruning.allocation._search import (
@@ -22,7 +25,7 @@ from convette.pruning.allocation._search import (
 )
 from convette.surgery import ChannelGraph
 
-MOST_RUNGS = 24
+MOST_WIDTHS = 24
 SECONDS = 20.0
 
 
@@ -47,8 +50,8 @@ def exact(
     *,
     rules: WidthRules | None = None,
     loss: Callable[..., float] | None = None,
-    most_rungs: int = MOST_RUNGS,
-    seconds: float = SECONDS,
+    most_widths: Annotated[int, Field(ge=2)] = MOST_WIDTHS,
+    seconds: Annotated[float, Field(ge=0)] = SECONDS,
 ) -> dict[str, Tensor]:
     r"""Remove the units whose scores add up to the least among all choices that meet the limit.
 
@@ -59,7 +62,7 @@ def exact(
     one variable for each rung of one of the two), so the cost is exact, not a sum over layers taken alone. HiGHS
     (`scipy.optimize.milp`) proves the optimum; scores have to compare between groups and to be at least 0.
 
-    Groups of more than `most_rungs` widths are solved on that many, evenly spaced, then again around the widths found
+    Groups of more than `most_widths` widths are solved on that many, evenly spaced, then again around the widths found
     until every width was a choice: the optimum of each such problem, not proven for all widths at once. After `seconds`
     in all the best found so far is taken, and `global_ranking`'s choice if nothing better was found (a note says so).
 
@@ -68,6 +71,7 @@ def exact(
     ResNets. `loss` is not used. Source: knapsack pruning after Aflalo et al., arXiv 2002.08258.
     """
     ladders = build_ladders(scores, graph, rules or WidthRules())
+    check_values("allocation exact", exact, most_widths=most_widths, seconds=seconds)
     limits = absolute_limits(limit)
 
     def fits(rungs: Rungs) -> bool:
@@ -82,17 +86,17 @@ def exact(
         raise out_of_reach(limits, width_cost, selection_of(ladders, smallest))
     ranked = cheapest_first(ladders, lambda ladder, block: ladder.block_scores[block], width_cost, limits)
     best = {ladder.name: ladder.rung_of(ranked) for ladder in ladders}
-    best = _refined(ladders, best, limits, width_cost, fits, most_rungs, seconds)
+    best = _refined(ladders, best, limits, width_cost, fits, most_widths, seconds)
     best = fill_up(ladders, best, fits)
     return selection_of(ladders, best)
 
 
-def _refined(ladders, best, limits, width_cost, fits, most_rungs, seconds) -> Rungs:
+def _refined(ladders, best, limits, width_cost, fits, most_widths, seconds) -> Rungs:
     import time
 
     damages = [damage(ladder) for ladder in ladders]
     deadline = time.monotonic() + seconds
-    stride = max(1, *(-(-len(ladder.widths) // most_rungs) for ladder in ladders)) if ladders else 1
+    stride = max(1, *(-(-len(ladder.widths) // most_widths) for ladder in ladders)) if ladders else 1
     window: int | None = None
     while True:
         offered = [_offered(ladder, best[ladder.name], stride, window) for ladder in ladders]

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor
 
 from convette.cost import Limit, WidthCost
 from convette.errors import StructureError, UsageError
+from convette.pruning._options import check_values
 from convette.pruning._units import Scores
 from convette.pruning.allocation._ladder import Ladder, WidthRules, build_ladders
 from convette.pruning.allocation._search import cheapest_first
 from convette.surgery import ChannelGraph
 
 RATIOS = (0.25, 0.5, 0.75)
+Ratios = Annotated[Sequence[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
 
 
 def per_layer(
@@ -24,7 +28,7 @@ def per_layer(
     *,
     rules: WidthRules | None = None,
     loss: Callable[[Mapping[str, Tensor]], float] | None = None,
-    ratios: Sequence[float] = RATIOS,
+    ratios: Ratios = RATIOS,
 ) -> dict[str, Tensor]:
     r"""Remove from every group the share that raises the loss by the same amount, the group cut alone.
 
@@ -40,6 +44,7 @@ def per_layer(
     """
     if loss is None:
         raise UsageError("allocation per_layer measures the loss: give a data set, or use global or uniform.")
+    check_values("allocation per_layer", per_layer, ratios=ratios)
     ladders = build_ladders(scores, graph, rules or WidthRules())
     whole = float(loss({}))
     if not np.isfinite(whole):

@@ -1,13 +1,16 @@
 """A policy over the shares that groups keep, learned from the loss of the cut networks it proposes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from convette.cost import Limit, WidthCost
 from convette.errors import UsageError
+from convette.pruning._options import check_values
 from convette.pruning._reinforce import Reinforce
 from convette.pruning._units import Scores
 from convette.pruning.allocation._ladder import WidthRules, build_ladders
@@ -24,10 +27,10 @@ def policy_gradient(
     *,
     rules: WidthRules | None = None,
     loss: Callable[[Mapping[str, Tensor]], float] | None = None,
-    rollouts: int = 6,
-    updates: int = 10,
-    deviation: float = 0.3,
-    learning_rate: float = 0.1,
+    rollouts: Annotated[int, Field(ge=2)] = 6,
+    updates: Annotated[int, Field(ge=0)] = 10,
+    deviation: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.3,
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     r"""Learn the importance of each group by REINFORCE: a normal policy over logarithms of shares, rewarded by -loss.
@@ -39,12 +42,14 @@ def policy_gradient(
     them; the first one tried is that of equal shares.
 
     Returns the kept units of every group that loses some; the same for the same `seed`. Raises `BudgetError` with the
-    smallest reachable cost, `UsageError` without `loss`. Costs at most ``rollouts * updates + 2`` losses. Source: the
-    budget allocation of Hou and Kung, A Discriminant Information Approach to Deep Neural Network Pruning, ICPR 2020
-    (reconstructed).
+    smallest reachable cost, `UsageError` without `loss` or for options out of range (`rollouts` of an update: at least
+    2). Costs at most ``rollouts * updates + 2`` losses. Source: the budget allocation of Hou and Kung, A Discriminant
+    Information Approach to Deep Neural Network Pruning, ICPR 2020 (reconstructed).
     """
     if loss is None:
         raise UsageError("allocation policy_gradient measures the loss: give a data set, or use global or uniform.")
+    options = {"rollouts": rollouts, "updates": updates, "deviation": deviation, "learning_rate": learning_rate}
+    check_values("allocation policy_gradient", policy_gradient, **options)
     ladders = build_ladders(scores, graph, rules or WidthRules())
     limits = absolute_limits(limit)
     sizes = {ladder.name: ladder.size for ladder in ladders}

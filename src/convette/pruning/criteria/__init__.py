@@ -4,15 +4,15 @@ A criterion is a function ``(model, graph, calibration=None, **its own options) 
 larger scores are kept longer. `CRITERIA` maps the names that recipes use to the functions.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
 
 from convette._progress import note
+from convette._symbols import load_symbol
 from convette.errors import UsageError, did_you_mean
+from convette.pruning import _options
 from convette.pruning._units import flat_groups
 from convette.pruning.criteria.activation_mean import activation_mean
 from convette.pruning.criteria.activation_rank import activation_rank
@@ -124,8 +124,7 @@ def find_criterion(name: str) -> Callable[..., dict[str, Tensor]]:
     """Return the criterion called `name`; `UsageError` if there is none."""
     if name not in CRITERIA:
         raise UsageError(f"criterion {name!r} is unknown.{did_you_mean(name, CRITERIA)}")
-    module, symbol = CRITERIA[name].split(":")
-    return getattr(import_module(module), symbol)
+    return load_symbol(CRITERIA[name])
 
 
 def score_units(
@@ -144,10 +143,8 @@ def score_units(
     a group are worth the same a note says so: the first ones stay then.
     """
     criterion = find_criterion(name)
-    check_options(name, options or {})
-    known = inspect.signature(criterion).parameters
-    arguments = dict(options or {})
-    if "seed" in known:
+    arguments = check_options(name, options or {})
+    if "seed" in _options.own_options(criterion):
         arguments.setdefault("seed", seed)
     scores = criterion(model, graph, calibration, **arguments)
     if flat := flat_groups(scores):
@@ -160,10 +157,9 @@ def score_units(
     return scores
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raise `UsageError` if the criterion called `name` has not all of `options`."""
-    parameters = inspect.signature(find_criterion(name)).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
-    for option in options:
-        if option not in known:
-            raise UsageError(f"criterion {name} has no option {option!r}.{did_you_mean(option, known)}")
+def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `options` as the criterion called `name` takes them.
+
+    Raises `UsageError` if it has not all of them, or for a value of another type.
+    """
+    return _options.check_options(f"criterion {name}", find_criterion(name), options)

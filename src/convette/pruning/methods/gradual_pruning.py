@@ -1,7 +1,7 @@
 """Pruning while training: the network narrows under the live optimiser, a little at a time."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,8 @@ from convette.pruning._calibration import draw_calibration, loss_of_cuts
 from convette.pruning._distributed import decided_by_main_rank
 from convette.pruning._measured import MEASURED
 from convette.pruning.allocation import NEED_DATA as NEED_LOSS
-from convette.pruning.allocation import WidthRules, find_allocation
+from convette.pruning.allocation import WidthRules, allocate, find_allocation
+from convette.pruning.allocation import check_options as check_allocation_options
 from convette.pruning.criteria import NEED_DATA, check_options, score_units
 from convette.surgery import ChannelGraph, WidthConstraints, trace
 from convette.training import Event, Method
@@ -35,9 +36,10 @@ class GradualPruning(Method):
 
     Args:
         budget: limits on macs, parameters or size (of one image), absolute or relative to the start of the training.
-        criterion: as in `PruneSettings`, like the seven below.
+        criterion: as in `PruneSettings`, like the eight below.
         criterion_options: as there.
         allocation: as there.
+        allocation_options: as there.
         multiple_of: as there.
         min_fraction: as there.
         constraints: as there.
@@ -67,6 +69,7 @@ class GradualPruning(Method):
         criterion: str = "l1",
         criterion_options: Mapping[str, Any] | None = None,
         allocation: str = "global",
+        allocation_options: Mapping[str, Any] | None = None,
         begin: float | int = 0.1,
         end: float | int = 0.7,
         times: int = 8,
@@ -88,7 +91,7 @@ class GradualPruning(Method):
                 " schedule; 0<=begin<=end<=1, and at least 1 of the others."
             )
         check_options(criterion, criterion_options or {})
-        find_allocation(allocation)
+        check_allocation_options(allocation, allocation_options or {})
         least = WidthConstraints.parse(constraints).minimum
         # A share is one of what the training started with, not of what the last cut left.
         least = least if isinstance(least, float) and least <= 1 else 0.0
@@ -103,7 +106,8 @@ class GradualPruning(Method):
                     f" use {instead}."
                 )
         self.criterion, self.criterion_options = criterion, dict(criterion_options or {})
-        self.allocation, self.multiple_of, self.min_fraction = allocation, multiple_of, max(float(min_fraction), least)
+        self.allocation, self.allocation_options = allocation, dict(allocation_options or {})
+        self.multiple_of, self.min_fraction = multiple_of, max(float(min_fraction), least)
         self.constraints, self.calibration_images = constraints, calibration_images
         self.begin, self.end, self.times, self.seed = float(begin), float(end), times, seed
         self.cuts = 0
@@ -158,20 +162,22 @@ class GradualPruning(Method):
             options=self.criterion_options,
         )
         width_cost = WidthCost(model, example, free)
-        spend = self._allocation(model, graph, batches)
         rules = WidthRules(self.multiple_of, self.minimum)
         if first:  # raises now, not when much has been trained, if the end cannot be reached
             find_allocation("global")(scores, graph, width_cost, self._limits(1.0), rules=rules)
         limits = self._limits(1 - (1 - min(1.0, self.cuts / self.times)) ** 3)
-        selection = spend(scores, graph, width_cost, limits, rules=rules)
+        selection = allocate(
+            self.allocation,
+            scores,
+            graph,
+            width_cost,
+            limits,
+            rules=rules,
+            loss=loss_of_cuts(model, graph, batches) if self.allocation in NEED_LOSS else None,
+            seed=self.seed,
+            options=self.allocation_options,
+        )
         return {name: kept.tolist() for name, kept in selection.items()}
-
-    def _allocation(self, model: nn.Module, graph: ChannelGraph, batches: Any) -> Callable[..., dict[str, Tensor]]:
-        allocate = find_allocation(self.allocation)
-        if self.allocation not in NEED_LOSS:
-            return allocate
-        loss = loss_of_cuts(model, graph, batches)
-        return lambda *given, **rules: allocate(*given, loss=loss, **rules)
 
     def _batches(self, trainer: "Trainer") -> list[tuple[Tensor, Tensor]]:
         needed = self.criterion in NEED_DATA or self.allocation in NEED_LOSS

@@ -3,14 +3,17 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.cost import Limit, WidthCost
 from convette.errors import UsageError
 from convette.pruning._calibration import CutLoss
+from convette.pruning._options import check_values
 from convette.pruning._units import Scores
 from convette.pruning.allocation._ladder import Ladder, WidthRules, build_ladders
 from convette.pruning.allocation._scaling import scaled_rungs
@@ -31,10 +34,10 @@ def differentiable_widths(
     *,
     rules: WidthRules | None = None,
     loss: Callable[[Mapping[str, Tensor]], float] | None = None,
-    steps: int = 100,
-    size_rate: float = 0.05,
-    weight_rate: float = 0.0,
-    budget_weight: float = 2.0,
+    steps: Annotated[int, Field(ge=1)] = 100,
+    size_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05,
+    weight_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
+    budget_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     r"""Learn by gradient how wide each group should be: TAS's two sampled widths, mixed, on any network.
@@ -60,8 +63,8 @@ def differentiable_widths(
         raise UsageError(
             "allocation transformable_architecture_search learns from the loss: give a data set, or use uniform."
         )
-    if steps < 1:
-        raise UsageError(f"allocation transformable_architecture_search: steps = {steps}; at least 1 is needed.")
+    options = {"steps": steps, "size_rate": size_rate, "weight_rate": weight_rate, "budget_weight": budget_weight}
+    check_values("allocation transformable_architecture_search", differentiable_widths, **options)
     ladders = build_ladders(scores, graph, rules or WidthRules())
     limits = absolute_limits(limit)
     if all(float(predicted(width_cost, one.metric, {})) <= one.value for one in limits):
