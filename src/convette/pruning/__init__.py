@@ -45,8 +45,9 @@ from convette.pruning.criteria import (
 )
 from convette.pruning.criteria.criteria_blending import Blend, blend_search, criteria_agreement
 from convette.pruning.criteria.discriminant_information import discriminant_value
-from convette.pruning.criteria.feature_map_information import LayerRemoval, layer_information, remove_layers
+from convette.pruning.criteria.feature_map_information import layer_information
 from convette.pruning.in_place_distillation import InPlaceDistillation
+from convette.pruning.layer_removal import LayerRemoval, redundant_layers, remove_layers
 from convette.pruning.methods.gradual_pruning import GradualPruning
 from convette.pruning.recovery import RECOVERY, recalibrate, recover
 from convette.pruning.redistribution import Repair, redistribute
@@ -106,6 +107,7 @@ __all__ = [
     "recover",
     "redistribute",
     "reduce_tokens",
+    "redundant_layers",
     "remove_layers",
     "score_units",
     "second_order",

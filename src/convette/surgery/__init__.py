@@ -32,6 +32,7 @@ from convette.surgery._log import ModelCard, Origin, StructureLog, card_of, set_
 from convette.surgery._masked import masked
 from convette.surgery._records import FrozenOperator
 from convette.surgery._remove import Remove, removable, remove
+from convette.surgery._remove_features import removable_features, remove_features
 from convette.surgery._showing import group_line, units_svg, units_text
 from convette.surgery._stitch import Stitch, Stitched, build_stitched
 from convette.surgery._stitching import stitch
@@ -106,7 +107,9 @@ __all__ = [
     "raised_at",
     "read_header",
     "removable",
+    "removable_features",
     "remove",
+    "remove_features",
     "reparameterize",
     "replay",
     "save_model",

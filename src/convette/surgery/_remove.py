@@ -6,20 +6,31 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from convette.errors import FileFormatError, StructureError
-from convette.layers._watching import hooked
+from convette.layers._watching import call, hooked
 from convette.surgery._edits import Change, find_module
 from convette.surgery._placing import is_block, place
-from convette.surgery._trace import call, evaluating, outputs_of
+from convette.surgery._trace import evaluating, outputs_of
+
+
+class NoFeatures(nn.Module):
+    """No channels, of the size and type of what it reads: a tensor, or the first of a list of them."""
+
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        """Return a tensor without channels."""
+        first = x if isinstance(x, Tensor) else x[0]
+        return first[:, :0]
 
 
 @dataclass(frozen=True)
 class Remove:
     """Put ``nn.Identity`` in place of `module`: its input goes on as its output, its parameters are gone.
 
-    The outputs change (a residual block's branch is missing) and keep their shape; `remove` proves it.
+    The outputs change (a residual block's branch is missing) and keep their shape; `remove` proves it. `gives`
+    "nothing" puts a module there that gives no channels, for features that are concatenated (`remove_features`).
     """
 
     module: str
+    gives: str = "input"
     kind: ClassVar[str] = "remove"
     preserves: ClassVar[bool] = False
 
@@ -28,7 +39,8 @@ class Remove:
         old = find_module(model, self.module)
         change = Change()
         try:
-            place(model, self.module, nn.Identity().train(old.training), change)
+            new = NoFeatures() if self.gives == "nothing" else nn.Identity()
+            place(model, self.module, new.train(old.training), change)
         except BaseException:
             change.revert()
             raise
@@ -36,14 +48,17 @@ class Remove:
 
     def to_json(self) -> dict[str, Any]:
         """Return the edit as a JSON object."""
-        return {"kind": self.kind, "module": self.module}
+        gives = {} if self.gives == "input" else {"gives": self.gives}
+        return {"kind": self.kind, "module": self.module, **gives}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Remove":
         """Read the edit; raises `FileFormatError` where it names no module."""
         if not isinstance(value.get("module"), str) or not value["module"]:
             raise FileFormatError("a 'remove' edit must name a module.")
-        return Remove(value["module"])
+        if value.get("gives", "input") not in ("input", "nothing"):
+            raise FileFormatError(f"a 'remove' edit gives 'input' or 'nothing', not {value['gives']!r}.")
+        return Remove(value["module"], value.get("gives", "input"))
 
 
 def remove(model: nn.Module, module: str, example: Any) -> Remove:

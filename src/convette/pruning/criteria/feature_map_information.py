@@ -6,9 +6,7 @@ information with the output go); the estimators are the usual ones of matrix-bas
 1211.2459) and of distance correlation (Szekely et al., arXiv 0803.4101), the decision rule is ours.
 """
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +14,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convette.cost import Budget, count
-from convette.errors import BudgetError, StructureError, UsageError
+from convette.errors import StructureError, UsageError
+from convette.layers._watching import hooked
 from convette.pruning._units import finite_scores
 from convette.pruning.criteria._observing import batches_of, run, scoring
 from convette.pruning.criteria.discriminant_information import pooled_features
 from convette.pruning.criteria.magnitude import check_choice
-from convette.surgery import ChannelGraph, apply, removable, remove
+from convette.surgery import ChannelGraph
 
 ALPHA = 1.01
 MEASURES = ("renyi", "energy", "binned")
@@ -37,6 +35,7 @@ def feature_map_information(
     measure: str = "energy",
     target: str = "output",
     pool: int = 4,
+    bandwidth: float | int | None = None,
 ) -> dict[str, Tensor]:
     r"""Score units by how much their feature maps depend on the network's output, as their readers see them.
 
@@ -46,7 +45,8 @@ def feature_map_information(
     ``target="label"`` the labels. D is one of
 
     - ``measure="energy"`` (default): distance correlation, 0..1, without any bandwidth;
-    - ``measure="renyi"``: matrix-based mutual information in bits, see `renyi_information`;
+    - ``measure="renyi"``: matrix-based mutual information in bits, see `renyi_information` and, for `bandwidth`, `gram`
+      (None: the median distance; with a narrow one all Gram matrices of wide maps are nearly diagonal and say nothing);
     - ``measure="binned"``: mutual information (bits) of the unit's mean, in ten quantiles, with the predicted class.
 
     Returns one score a unit, CPU float32, larger = keep; a unit that never changes scores 0. Raises `UsageError`
@@ -55,6 +55,7 @@ def feature_map_information(
     """
     check_choice("measure", measure, MEASURES)
     check_choice("target", target, ("output", "label"))
+    _check_bandwidth(bandwidth)
     batches = batches_of(calibration, "feature_map_information")
     features, labels = pooled_features(model, graph, batches, pool, "feature_map_information")
     if target == "label":
@@ -64,7 +65,7 @@ def feature_map_information(
             output = torch.cat([_probabilities(run(model, images)) for images, _ in batches])
     scores = {}
     for name, found in features.items():
-        each = [_of_units(values.double().transpose(0, 1), output, measure) for values in found]
+        each = [_of_units(values.double().transpose(0, 1), output, measure, bandwidth) for values in found]
         scores[name] = torch.stack(each).mean(dim=0)
     return finite_scores(scores, "feature_map_information", graph)
 
@@ -78,12 +79,14 @@ def layer_information(
     rule: str = "value",
     target: str = "output",
     pool: int = 4,
+    bandwidth: float | int | None = None,
 ) -> dict[str, float]:
     r"""Return what each of the blocks called `layers` adds to the information about the network's output.
 
     With x what a block reads and T = block(x) - x what it adds to that: ``rule="value"`` gives I(T; O), ``rule="gain"``
-    the conditional gain I([x, T]; O) - I(x; O). `measure`, `target` and `pool` as in `feature_map_information` (no gain
-    with "binned"). 0 for a block that changes nothing.
+    the conditional gain I([x, T]; O) - I(x; O). `measure`, `target`, `pool` and `bandwidth` as in
+    `feature_map_information` (no gain with "binned"). 0 for a block that changes nothing. Of a layer that reads a list
+    of feature maps, as DenseNet's do, x is all of them and T what it gives.
 
     Raises `UsageError` without calibration data, `StructureError` for a block that changes the shape of what it reads.
     Costs one forward pass and n^2 d (renyi: n^3) a block.
@@ -91,79 +94,30 @@ def layer_information(
     check_choice("measure", measure, MEASURES)
     check_choice("rule", rule, ("value", "gain"))
     check_choice("target", target, ("output", "label"))
+    _check_bandwidth(bandwidth)
     if rule == "gain" and measure == "binned":
         raise UsageError("layer_information: rule='gain' needs measure='renyi' or 'energy'.")
-    inputs, added, output = _run_layers(model, layers, batches_of(calibration, "layer_information"), target, pool)
+    inputs, added, output = pooled_maps(model, layers, batches_of(calibration, "layer_information"), target, pool)
     found = {}
     for name in layers:
         x, t = inputs[name], added[name]
         if not t.any():
             found[name] = 0.0
         elif rule == "value":
-            found[name] = float(_of_units(t.unsqueeze(0), output, measure)[0])
+            found[name] = float(_of_units(t.unsqueeze(0), output, measure, bandwidth)[0])
         elif measure == "renyi":
-            both = gram(x) * gram(t)
-            found[name] = float(_information(both / both.trace(), gram(output)) - renyi_information(x, output))
+            both, out = gram(x, bandwidth) * gram(t, bandwidth), gram(output, bandwidth)
+            joint = _information(both / both.trace(), out)
+            found[name] = float(joint) - renyi_information(x, output, bandwidth)
         else:
             together = torch.cat([x, t], dim=1)
             found[name] = float(distance_correlation(together, output) - distance_correlation(x, output))
     return found
 
 
-@dataclass(frozen=True)
-class LayerRemoval:
-    """A network without some of its blocks: which went, in order, and what each was worth when it went."""
-
-    model: nn.Module
-    removed: tuple[str, ...]
-    scores: Mapping[str, float]
-
-
-def remove_layers(
-    model: nn.Module,
-    example: Any,
-    calibration: Iterable[Any] | None,
-    budget: Budget | str,
-    *,
-    keep: Sequence[str] = (),
-    measure: str = "renyi",
-    rule: str = "value",
-    target: str = "output",
-) -> LayerRemoval:
-    r"""Leave whole blocks out of a copy of `model`, the least informative a MAC first, until it fits `budget`.
-
-    .. math:: \text{next} = \arg\min_l \; r_l / \text{MACs}_l
-
-    with :math:`r_l` of `layer_information`, taken anew after each removal: scores shift once a neighbour is gone.
-    Candidates are the blocks that give the shape they read (`convette.surgery.removable`: residual blocks with identity
-    skip, inverted residuals, transformer blocks), except those in `keep`. Removing a residual block leaves its skip.
-
-    Raises `BudgetError` with what is left when the candidates run out, `UsageError` for a limit that is not counted
-    (macs, parameters, size, memory). Statistics of batch norms are as they were: recalibrate, then train. Costs a
-    scoring and a count a removal. The DenseNet form (single layers of a concat) is not covered.
-    """
-    budget = Budget.parse(budget) if isinstance(budget, str) else budget
-    if any(limit.metric == "latency" for limit in budget.limits):
-        raise UsageError("remove_layers counts, it does not measure: give limits on macs, parameters, size or memory.")
-    batches = batches_of(calibration, "remove_layers")
-    network = copy.deepcopy(model)
-    cost = count(network, example)
-    resolved = budget.resolve(cost)
-    removed: dict[str, float] = {}
-    while not resolved.met(cost):
-        candidates = [name for name in removable(network, example) if name not in keep and name not in removed]
-        if not candidates:
-            raise BudgetError(
-                f"no block is left to remove: without {len(removed)} of them the network has {cost.macs / 1e6:.4g} M"
-                f" MACs and {cost.parameters} parameters, and {budget} is not met."
-            )
-        scores = layer_information(network, candidates, batches, measure=measure, rule=rule, target=target)
-        prices = {name: score / max(1, _macs(network, example, name)) for name, score in scores.items()}
-        name = min(prices, key=prices.__getitem__)
-        apply(network, remove(network, name, example))
-        removed[name] = scores[name]
-        cost = count(network, example)
-    return LayerRemoval(network, tuple(removed), removed)
+def _check_bandwidth(bandwidth: float | int | None) -> None:
+    if bandwidth is not None and not bandwidth > 0:
+        raise UsageError(f"feature_map_information: bandwidth={bandwidth} must be above 0, or None for the median.")
 
 
 # -- dependence of two samples ------------------------------------------------------------------------------------
@@ -178,9 +132,9 @@ def renyi_entropy(gram_matrix: Float[Tensor, "*b n n"], alpha: float = ALPHA) ->
     return values.pow(alpha).sum(dim=-1).log2() / (1 - alpha)
 
 
-def renyi_information(x: Float[Tensor, "n d"], y: Float[Tensor, "n e"]) -> float:
+def renyi_information(x: Float[Tensor, "n d"], y: Float[Tensor, "n e"], bandwidth: float | int | None = None) -> float:
     r"""Return the matrix-based mutual information :math:`S(A) + S(B) - S(A \circ B / \operatorname{tr})`, in bits."""
-    return float(_information(gram(x), gram(y)))
+    return float(_information(gram(x, bandwidth), gram(y, bandwidth)))
 
 
 def distance_correlation(x: Float[Tensor, "n d"], y: Float[Tensor, "n e"]) -> float:
@@ -199,10 +153,16 @@ def binned_information(codes: Int64[Tensor, " n"], labels: Int64[Tensor, " n"]) 
     return float((table[seen] * (table[seen] / independent[seen]).log2()).sum())
 
 
-def gram(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:
-    """Return the Gaussian Gram matrix of trace 1, its bandwidth the median distance between two samples."""
+def gram(x: Float[Tensor, "*b n d"], bandwidth: float | int | None = None) -> Float[Tensor, "*b n n"]:
+    r"""Return the Gaussian Gram matrix of trace 1.
+
+    Its width is the median distance between two samples, or with a `bandwidth` :math:`\sigma_0` that of n samples in d
+    dimensions, :math:`\sigma_0 n^{-1/(4+d)}`, in the unit of x.
+    """
     distances = _distances(x.double())
     n = distances.shape[-1]
+    if bandwidth is not None:
+        return torch.exp(-((distances / (bandwidth * n ** (-1 / (4 + x.shape[-1])))) ** 2) / 2) / n
     above = torch.triu(torch.ones(n, n, dtype=torch.bool), diagonal=1)
     middle = distances[..., above].median(dim=-1).values if n > 1 else distances.new_ones(distances.shape[:-2])
     # More than half of the distances are 0: the mean still tells the others apart.
@@ -232,7 +192,7 @@ def _distance_correlation(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(alone > 1e-24, shared / alone.clamp_min(1e-24), 0.0).sqrt()
 
 
-def _of_units(units: Tensor, output: Tensor, measure: str) -> Tensor:
+def _of_units(units: Tensor, output: Tensor, measure: str, bandwidth: float | int | None = None) -> Tensor:
     """Return the dependence of each of (units, images, entries) on `output` (images, classes)."""
     if measure == "binned":
         labels = output.argmax(dim=1)
@@ -240,7 +200,7 @@ def _of_units(units: Tensor, output: Tensor, measure: str) -> Tensor:
     found = []
     for chunk in units.split(_AT_ONCE):
         if measure == "renyi":
-            found.append(_information(gram(chunk), gram(output)))
+            found.append(_information(gram(chunk, bandwidth), gram(output, bandwidth)))
         else:
             found.append(_distance_correlation(_distances(chunk), _distances(output)))
     return torch.cat(found)
@@ -268,7 +228,7 @@ def _probabilities(outputs: Any) -> Tensor:
     return outputs.double().softmax(dim=1).cpu()
 
 
-def _run_layers(
+def pooled_maps(
     model: nn.Module, layers: Sequence[str], batches: Sequence[Any], target: str, pool: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Return what each block reads and what it adds to it, pooled, (images, entries), and the output."""
@@ -279,23 +239,24 @@ def _run_layers(
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not args or not isinstance(output, Tensor) or args[0].shape != output.shape:
+            read = args[0] if args else None
+            if isinstance(read, list) and isinstance(output, Tensor):  # a dense layer: what it gives joins the list
+                inputs[name].append(torch.cat([_pooled(one, pool) for one in read], dim=1))
+                added[name].append(_pooled(output, pool))
+                return
+            if not isinstance(read, Tensor) or not isinstance(output, Tensor) or read.shape != output.shape:
                 raise StructureError(f"layer_information: {name} does not give the shape it reads.")
-            inputs[name].append(_pooled(args[0], pool))
-            added[name].append(_pooled(output - args[0], pool))
+            inputs[name].append(_pooled(read, pool))
+            added[name].append(_pooled(output - read, pool))
 
         return hook
 
     handles = [modules[name].register_forward_hook(keep(name)) for name in layers]
-    try:
-        with scoring(model), torch.no_grad():
-            for images, labels in batches:
-                found = _probabilities(run(model, images))
-                classes = found.shape[1]
-                outputs.append(found if target == "output" else functional.one_hot(labels.long().cpu(), classes))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), scoring(model), torch.no_grad():
+        for images, labels in batches:
+            found = _probabilities(run(model, images))
+            classes = found.shape[1]
+            outputs.append(found if target == "output" else functional.one_hot(labels.long().cpu(), classes))
     joined = ({name: torch.cat(values) for name, values in kept.items()} for kept in (inputs, added))
     before, after = joined
     return before, after, torch.cat(outputs).double()
@@ -305,9 +266,3 @@ def _pooled(values: Tensor, pool: int) -> Tensor:
     if values.ndim == 4 and max(values.shape[-2:]) > pool:
         values = functional.adaptive_avg_pool2d(values, (min(pool, values.shape[-2]), min(pool, values.shape[-1])))
     return values.flatten(1).double().cpu()
-
-
-def _macs(network: nn.Module, example: Any, name: str) -> int:
-    """Return the multiply-accumulates of the block called `name`."""
-    layers = count(network, example).layers
-    return sum(layer.macs for layer in layers if f"{layer.name}.".startswith(f"{name}."))
