@@ -12,6 +12,7 @@ import pytest
 import convette
 from convette import _files, _progress, _provenance
 from convette._provenance import provenance
+from convette._symbols import load_symbol
 from convette.errors import ConvetteError, StorageError, UsageError, did_you_mean
 
 
@@ -115,3 +116,15 @@ def test_provenance_names_no_path_outside_the_project():
     record = provenance(1.23)
     assert set(record) == {"machine", "versions", "command", "seconds"}
     assert str(Path.home()) not in json.dumps(record)
+
+
+def test_a_symbol_is_found_by_its_module_and_name():
+    assert load_symbol("convette.errors:UsageError") is UsageError
+    for name, error in (
+        ("convette.errors:nothing", AttributeError),
+        ("convette.nowhere:x", ImportError),
+        ("x", ImportError),
+        (":x", ValueError),
+    ):
+        with pytest.raises(error):
+            load_symbol(name)

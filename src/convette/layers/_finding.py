@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from convette._catalogue import System, catalogue
+from convette._symbols import load_symbol
 from convette.errors import UsageError, did_you_mean
 
 _HOME = "convette.layers"
@@ -72,9 +73,8 @@ def find_layer(name: str) -> type[nn.Module] | PlacingFunction:
 
 
 def _symbol(name: str) -> Any:
-    home, _, leaf = name.partition(":")
     try:
-        found = getattr(importlib.import_module(home), leaf)
+        found = load_symbol(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"there is no layer {name!r} ({error}).") from error
     if not is_layer(found) and not is_placing(found):
@@ -126,6 +126,5 @@ def _of_system(system: System) -> type[nn.Module] | PlacingFunction:
 
 
 def _symbol_or_none(name: str) -> Any:
-    home, _, leaf = name.partition(":")
-    found = getattr(importlib.import_module(home), leaf)
+    found = load_symbol(name)
     return found if is_layer(found) or is_placing(found) else None

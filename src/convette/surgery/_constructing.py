@@ -1,6 +1,5 @@
 """Layers by name: ``"module:Class"`` with JSON arguments, from the few libraries a file may name."""
 
-import importlib
 import inspect
 import math
 import re
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convette._symbols import load_symbol
 from convette.errors import FileFormatError, StructureError
 
 _LIBRARIES = (
@@ -96,15 +96,14 @@ def is_plain(value: Any, depth: int = 0) -> bool:
 
 def layer_class(name: str) -> type[nn.Module]:
     """Return the class called ``"module:Class"``; raises `StructureError` where there is none."""
-    home, _, leaf = name.partition(":")
     try:
-        found = getattr(importlib.import_module(home), leaf)
+        found = load_symbol(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise StructureError(f"there is no layer {name!r} ({error}).") from error
     if not inspect.isclass(found) or not issubclass(found, nn.Module):
         raise StructureError(f"{name!r} is no layer class.")
     # A module of a library also holds what it imported from elsewhere.
-    if _in_libraries(home) and not _in_libraries(found.__module__):
+    if _in_libraries(name.partition(":")[0]) and not _in_libraries(found.__module__):
         raise StructureError(f"{name!r} is defined in {found.__module__}: name it there.")
     return found
 

@@ -4,7 +4,6 @@ WeightAlign reparameterises convolutions, IBN-Net changes the norms of shallow b
 residual blocks: which layers that touches is the system's to know. The edit names its placing function and arguments.
 """
 
-import importlib
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from convette._symbols import load_symbol
 from convette.errors import ConvetteError, FileFormatError, StructureError
 from convette.layers import is_placing
 from convette.surgery._constructing import _tupled, check_arguments, check_constructor, listed
@@ -80,9 +80,8 @@ class Install:
 
 def placing_function(name: str) -> Any:
     """Return the placing function ``"module:name"``; raises `StructureError` where there is none."""
-    home, _, leaf = name.partition(":")
     try:
-        found = getattr(importlib.import_module(home), leaf)
+        found = load_symbol(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise StructureError(f"there is no function {name!r} ({error}).") from error
     if not is_placing(found):

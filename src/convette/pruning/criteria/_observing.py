@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from convette.errors import StructureError, UsageError
 from convette.layers import _watching
+from convette.layers._watching import call as run
 from convette.layers._watching import in_eval, keeping_gradients
 from convette.pruning._units import tensors_of
 from convette.surgery import ChannelGraph, Group, Member
@@ -216,13 +217,6 @@ def scoring(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         torch.set_rng_state(state)
-
-
-def run(model: nn.Module, images: Any) -> Any:
-    """Call `model` on images: a tensor, or a tuple or dict of arguments."""
-    if isinstance(images, dict):
-        return model(**images)
-    return model(*images) if isinstance(images, tuple) else model(images)
 
 
 def observe(

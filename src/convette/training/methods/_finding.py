@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from convette._symbols import load_symbol
 from convette.errors import UsageError, did_you_mean
 from convette.training.events import Method
 
@@ -102,8 +103,7 @@ def with_own(model: nn.Module, methods: Iterable[Method], data: Any = None, **le
 
 
 def _symbol(name: str) -> type[Any]:
-    home, _, leaf = name.partition(":")
-    found = getattr(importlib.import_module(home), leaf)
+    found = load_symbol(name)
     if not _is_method(found):
         raise UsageError(f"{name!r} is no training method.")
     return found
