@@ -1,7 +1,7 @@
 """The page and the picture of the pruning table, from its result file."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,14 @@ def measured(arms: Mapping[str, Any]) -> tuple[list[str], list[str], list[float]
     return networks, criteria, speedups, [r for r in RECOVERIES if any(p[3] == r for p in parts)]
 
 
-def page(found: Mapping[str, Any]) -> str:
-    """Return the page: a table a network."""
-    arms = found["arms"]
-    networks, criteria, speedups, recoveries = measured(arms)
+def page(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Return the page: a table a network, then those of the result files with another allocation."""
     how = found["choices"]
     lines = [
         "# Every criterion, side by side",
         "",
-        "Networks with given CIFAR-10 weights, cut once to a share of their MACs, "
-        + ("the same share of every layer" if how["allocation"] == "uniform" else f"allocation `{how['allocation']}`")
-        + f", scored on {how['calibration_images']} training images; batch-norm statistics taken anew in all arms. "
+        f"Networks with given CIFAR-10 weights, cut once to a share of their MACs, {spent(found)}, scored on "
+        f"{how['calibration_images']} training images; batch-norm statistics taken anew in all arms. "
         "Test accuracy in percent on 1,000 original images: arms less than about two points apart are not told apart. "
         "`random` is the mean of three draws. `tp_...` are the criteria of Torch-Pruning, which cuts the inner layers "
         "of the blocks only, here with our cut and recovery; `inner_...` are ours on those layers only, cut by the "
@@ -44,33 +41,57 @@ def page(found: Mapping[str, Any]) -> str:
         "",
         "![Accuracy by criterion](pruning-table.svg)",
         "",
+        *sections(found, ""),
     ]
+    for other in others:
+        lines += sections(other, f", {spent(other)}")
+    for each in (found, *others):
+        lines += [f"Command: `{each['command']}` (the last sitting), on {each['machine']}; {each['versions']}.", ""]
+    return "\n".join(lines)
+
+
+def spent(found: Mapping[str, Any]) -> str:
+    allocation = found["choices"]["allocation"]
+    return "the same share of every layer" if allocation == "uniform" else f"by the allocation `{allocation}`"
+
+
+def sections(found: Mapping[str, Any], how: str) -> list[str]:
+    """Return heading and tables of every network of a result file."""
+    arms, lines = found["arms"], []
+    networks, criteria, speedups, recoveries = measured(arms)
     for network in networks:
         whole = arms[f"{network} unpruned"]
         lines += [
-            f"## {network}",
+            f"## {network}{how}",
             "",
             f"Unpruned: {100 * whole['accuracy']:.1f} %, {whole['macs'] / 1e6:.2f} M MACs. "
             f"An epoch of the distilled arms: {whole['training_images']:,} training images.",
             "",
+            *table(arms, network, criteria, speedups, recoveries),
+            "",
+            *both(arms, network, criteria, speedups),
         ]
-        columns = [f"{speedup:g}x, {SHOWN[recovery]}" for speedup in speedups for recovery in recoveries]
-        lines += ["| criterion | " + " | ".join(columns) + " | seconds to score |", "|---" * (len(columns) + 2) + "|"]
-        for criterion in criteria:
-            cells = []
-            for speedup in speedups:
-                for recovery in recoveries:
-                    value = mean_of(arms, network, criterion, speedup, recovery)
-                    cells.append("" if value is None else f"{100 * value:.1f}")
-            if any(cells):
-                seconds = next(
-                    arm["scoring_seconds"] for name, arm in arms.items() if name.startswith(f"{network} {criterion} ")
-                )
-                cells.append("" if criterion in (*INNER, *THEIRS) else f"{seconds:.1f}")
-                lines.append(f"| `{criterion}` | " + " | ".join(cells) + " |")
-        lines += ["", *both(arms, network, criteria, speedups)]
-    lines.append(f"Command: `{found['command']}` (the last sitting), on {found['machine']}; {found['versions']}.")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def table(
+    arms: Mapping[str, Any], network: str, criteria: list[str], speedups: list[float], recoveries: list[str]
+) -> list[str]:
+    columns = [f"{speedup:g}x, {SHOWN[recovery]}" for speedup in speedups for recovery in recoveries]
+    lines = ["| criterion | " + " | ".join(columns) + " | seconds to score |", "|---" * (len(columns) + 2) + "|"]
+    for criterion in criteria:
+        cells = []
+        for speedup in speedups:
+            for recovery in recoveries:
+                value = mean_of(arms, network, criterion, speedup, recovery)
+                cells.append("" if value is None else f"{100 * value:.1f}")
+        if any(cells):
+            seconds = next(
+                arm["scoring_seconds"] for name, arm in arms.items() if name.startswith(f"{network} {criterion} ")
+            )
+            cells.append("" if criterion in (*INNER, *THEIRS) else f"{seconds:.1f}")
+            lines.append(f"| `{criterion}` | " + " | ".join(cells) + " |")
+    return lines
 
 
 def both(arms: Mapping[str, Any], network: str, criteria: list[str], speedups: list[float]) -> list[str]:

@@ -63,8 +63,10 @@ def main() -> None:
     options = parse()
     if not options.page:
         fill(options)
-    found = json.loads(options.out.read_text())
-    write_text(PAGE, page(found))
+    found = json.loads(OUT.read_text())
+    write_text(
+        PAGE, page(found, [json.loads(path.read_text()) for path in sorted(OUT.parent.glob(f"{OUT.stem}_*.json"))])
+    )
     picture(found, PICTURE)
     note(f"written: {PAGE.name}, {PICTURE.name}")
 
