@@ -3,7 +3,8 @@
 The header is JSON; under ``__metadata__`` the key ``convette`` holds origin, edits, card and the names of tensors that
 share memory. Nothing in a file is executed: the origin is handed to a builder of the caller's choice, the edits are
 checked data, and the tensors are numbers. Any safetensors reader can open the file. Networks in few bits are written
-with that JSON compressed and all tensors as one (`convette.surgery._compact`), which takes a tenth of the room.
+with that JSON compressed, all tensors as one (`convette.surgery._compact`) and successive cuts as one edit, which takes
+a tenth of the room; the history in the card still has every step.
 """
 
 import json
@@ -23,6 +24,7 @@ from convette.surgery._apply import replay
 from convette.surgery._edits import Edit
 from convette.surgery._edits_json import edit_from_json
 from convette.surgery._log import ModelCard, Origin, card_of, set_card, set_origin, structure_log
+from convette.surgery._merging import merged
 
 FORMAT = 1
 MAX_HEADER_BYTES = 64 << 20
@@ -86,14 +88,17 @@ def _contents(model: nn.Module) -> tuple[dict[str, Tensor], str]:
         first[key] = name
         # A copy where the memory is not its own: views of one storage cannot be written as they are.
         tensors[name] = tensor.detach().cpu().contiguous()
+    packed = _compact.is_packed(tensors)
+    # Tensors with several names: two cuts may call one of them differently.
+    edits = merged(log.edits) if packed and not shared else log.edits
     content = {
         "format": FORMAT,
         "origin": log.origin.to_json(),
-        "edits": [edit.to_json() for edit in log.edits],
+        "edits": [edit.to_json() for edit in edits],
         "card": card_of(model).to_json(),
         "shared": shared,
     }
-    if not _compact.is_packed(tensors):
+    if not packed:
         return _owned(tensors), _written(content)
     blob, table = _compact.joined(tensors)
     return {_compact.BLOB: blob}, _compact.compressed(_written(content | {"tensors": table}))
