@@ -1,8 +1,9 @@
 import copy
+import math
 
 import pytest
 import torch
-from tests.pruning.test_schedules import Deep
+from tests.pruning.conftest import Deep
 from torch import nn
 
 from convette.cost import count, count_parameters
@@ -10,14 +11,20 @@ from convette.data import load_data
 from convette.errors import StructureError, UsageError
 from convette.pruning import l1
 from convette.pruning.yolov3_block_channel import (
+    ANCHORS,
     BlockChannelSettings,
     SparseFactors,
+    YOLOLoss,
     YOLOv3,
+    assigned_anchors,
     block_then_channel,
+    box_overlap,
     branch_norms,
     class_weights,
     decode,
+    detections,
     fold_factors,
+    mean_average_precision,
     soft_threshold,
 )
 from convette.pruning.yolov3_block_channel.rounds import smallest_factors
@@ -144,3 +151,102 @@ def test_rounds_end_within_the_budget_with_blocks_and_channels_gone():
     for wrong in ({"rounds": 0}, {"block_share": 2.0}):
         with pytest.raises(UsageError):
             BlockChannelSettings(**wrong)
+
+
+SMALL = tuple(tuple((w / 4, h / 4) for w, h in level) for level in ANCHORS)
+
+
+def test_boxes_belong_to_the_anchor_of_their_shape():
+    shapes = [shape for level in ANCHORS for shape in level]
+    boxes = torch.tensor([[0, 50, 50, *shape] for shape in shapes], dtype=torch.float32)
+    levels, anchors = assigned_anchors(boxes)
+    assert levels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and anchors.tolist() == [0, 1, 2] * 3
+    one, other = torch.tensor([[10.0, 10, 4, 4]]), torch.tensor([[12.0, 10, 4, 4], [30, 30, 4, 4], [10, 10, 4, 4]])
+    assert box_overlap(one, other)[0].tolist() == pytest.approx([1 / 3, 0, 1])
+
+
+def perfect(boxes: torch.Tensor, sure: float = 12.0) -> list[torch.Tensor]:
+    """Return the maps of one image that say these boxes, of two classes, on 64 pixels."""
+    maps = [torch.zeros(1, 3, 7, side, side) for side in (2, 4, 8)]
+    for one in maps:
+        one[:, :, 4:] = -sure
+    for row, level, anchor in zip(boxes, *assigned_anchors(boxes, SMALL), strict=True):
+        stride = 64 / maps[level].shape[-1]
+        at = (row[1:3] / stride).long()
+        place = maps[level][0, anchor, :, at[1], at[0]]
+        place[:2] = torch.logit(row[1:3] / stride - at, eps=1e-6)
+        place[2:4] = (row[3:] / torch.tensor(SMALL[level][anchor])).log()
+        place[4] = place[5 + int(row[0])] = sure
+    return [one.flatten(1, 2) for one in maps]
+
+
+BOXES = torch.tensor([[0.0, 20, 24, 30, 24], [1, 44, 40, 8, 15], [1, 10, 50, 4, 6]])
+
+
+def test_the_loss_is_least_where_the_maps_say_the_boxes_and_evaluation_finds_them():
+    maps, loss = perfect(BOXES), YOLOLoss(64, 2, SMALL)
+    least = 0.0  # the entropy of where centres lie in their cells is what cannot go
+    for box, stride in zip(BOXES, (32, 16, 8), strict=True):
+        offset = box[1:3] / stride % 1
+        entropy = torch.special.entr(offset) + torch.special.entr(1 - offset)
+        least += float((2 - box[3] * box[4] / 64**2) * entropy.sum())
+    assert float(loss(maps, [BOXES])) == pytest.approx(least, abs=2e-3)
+    moved = [one.clone().requires_grad_() for one in maps]
+    loss(moved, [BOXES]).backward()
+    assert max(float(one.grad.abs().max()) for one in moved) < 1e-3
+    found = detections(maps, 64, 2, anchors=SMALL)
+    assert mean_average_precision(found, [BOXES], 2) == pytest.approx(1.0) and len(found[0]) == 3
+    assert box_overlap(found[0][:, :4], BOXES[:, 1:]).amax(0).min() > 0.99
+    for wrong in ([BOXES, BOXES], [BOXES[:, :4]]):
+        with pytest.raises(UsageError, match="YOLOLoss"):
+            loss(maps, wrong)
+
+
+def test_near_misses_are_no_negatives_focal_spares_the_sure_and_rare_classes_weigh_more():
+    maps = perfect(BOXES[:1])
+    near = [one.clone() for one in maps]
+    split = near[0].view(3, 7, 2, 2)
+    own = int(assigned_anchors(BOXES[:1], SMALL)[1])
+    other = (own + 1) % 3
+    split[other, :4, 0, 0] = split[own, :4, 0, 0]  # the same box, said by an anchor that it does not belong to
+    split[other, 2:4, 0, 0] = (BOXES[0, 3:] / torch.tensor(SMALL[0][other])).log()
+    split[other, 4, 0, 0] = 12.0
+    ignoring, strict = YOLOLoss(64, 2, SMALL), YOLOLoss(64, 2, SMALL, ignore=2.0)
+    assert float(strict(near, [BOXES[:1]]) - ignoring(near, [BOXES[:1]])) == pytest.approx(12.0, abs=0.1)
+    unsure = [torch.zeros_like(one) for one in maps]
+    plain, focal = ignoring, YOLOLoss(64, 2, SMALL, focal=True)
+    nothing = [torch.zeros(0, 5)]
+    places = 3 * (4 + 16 + 64)
+    assert float(plain(unsure, nothing)) == pytest.approx(places * math.log(2), rel=1e-5)
+    assert float(focal(unsure, nothing)) == pytest.approx(places * 0.5 * 0.25 * math.log(2), rel=1e-5)
+    weights = class_weights([900, 10])
+    weighted, even = YOLOLoss(64, 2, SMALL, class_weights=weights), YOLOLoss(64, 2, SMALL, class_weights=torch.ones(2))
+    assert float(even(unsure, [BOXES])) == pytest.approx(float(plain(unsure, [BOXES])))
+    assert float(weighted(unsure, [BOXES[1:2]])) > float(plain(unsure, [BOXES[1:2]])) > 0
+    assert float(weighted(unsure, [BOXES[:1]])) < float(plain(unsure, [BOXES[:1]]))
+
+
+def test_precision_by_hand():
+    """Two true boxes, three detections: right, wrong, right: 1/2 (1 + 2/3)."""
+    truth = [torch.tensor([[0.0, 10, 10, 8, 8], [0, 40, 40, 8, 8]])]
+    found = [torch.tensor([[10.0, 10, 8, 8, 0.9, 0], [25, 25, 8, 8, 0.8, 0], [40, 40, 8, 8, 0.7, 0]])]
+    assert mean_average_precision(found, truth, 2) == pytest.approx((1 + 2 / 3) / 2)
+    twice = [torch.cat([found[0][:1], found[0][:1]])]  # the same box twice is one hit and one miss
+    assert mean_average_precision(twice, truth, 2) == pytest.approx(0.5)
+    assert mean_average_precision([torch.zeros(0, 6)], truth, 2) == 0
+    assert math.isnan(mean_average_precision(found, [torch.zeros(0, 5)], 2))
+
+
+def test_the_detector_learns_boxes():
+    torch.manual_seed(0)
+    model, loss = YOLOv3(num_classes=2, width=0.05), YOLOLoss(64, 2, SMALL)
+    images = torch.randn(2, 3, 64, 64)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    values = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        value = loss(model(images), [BOXES, BOXES[:1]])
+        value.backward()
+        optimizer.step()
+        values.append(float(value.detach()))
+    assert values[-1] < 0.9 * values[0]

@@ -1,6 +1,7 @@
 """YOLOv3: Darknet-53, three heads, anchors; the decoding of its boxes, and weights for rare classes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,16 +101,19 @@ class YOLOv3(nn.Module):
         return found[0], found[1], found[2]
 
 
-def decode(maps: Sequence[Tensor], size: int, num_classes: int) -> Tensor:
-    """Return the boxes ``(n, boxes, 5 + classes)``: centre x, y, width, height (pixels), objectness, classes."""
+def decode(maps: Sequence[Tensor], size: int, num_classes: int, anchors: Any = ANCHORS) -> Tensor:
+    """Return the boxes ``(n, boxes, 5 + classes)``: centre x, y, width, height (pixels), objectness, classes.
+
+    `anchors`: width and height in pixels, three a map, coarse to fine; the default is YOLOv3's, for 416 pixels.
+    """
     result = []
-    for raw, anchors in zip(maps, ANCHORS, strict=True):
+    for raw, shapes in zip(maps, anchors, strict=True):
         images, _, rows, columns = raw.shape
         x = raw.view(images, 3, 5 + num_classes, rows, columns).permute(0, 1, 3, 4, 2)
         stride = size / rows
         grid_y, grid_x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         centre = (x[..., :2].sigmoid() + torch.stack([grid_x, grid_y], dim=-1)) * stride
-        sizes = torch.tensor(anchors, dtype=x.dtype).view(1, 3, 1, 1, 2) * x[..., 2:4].exp()
+        sizes = torch.tensor(shapes, dtype=x.dtype).view(1, 3, 1, 1, 2) * x[..., 2:4].exp()
         result.append(torch.cat([centre, sizes, x[..., 4:].sigmoid()], dim=-1).flatten(1, 3))
     return torch.cat(result, dim=1)
 
