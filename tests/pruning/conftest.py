@@ -1,10 +1,13 @@
 """Small networks that every test of this room prunes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from convette.data import MemorySplit, load_data
 from convette.surgery import trace
 
 
@@ -29,6 +32,33 @@ class Residual(nn.Module):
         x = F.relu(self.outer_norm(self.outer(y)) + x)
         x = F.relu(self.wide(x)).mean((2, 3))
         return self.head(F.relu(self.hidden(x)))
+
+
+class Block(nn.Module):
+    """A residual block of one width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return F.relu(x + self.norm2(self.second(F.relu(self.norm(self.first(x))))))
+
+
+class Deep(nn.Module):
+    """A stem, residual blocks that can be left out, and a head."""
+
+    def __init__(self, blocks: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*(Block(8) for _ in range(blocks)))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.head(self.blocks(F.relu(self.stem(x))).mean((2, 3)))
 
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -66,6 +96,32 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_data("digits")
+
+
+@pytest.fixture(scope="session")
+def few(digits):
+    """A hundred digits to score on, and next to nothing to validate on."""
+
+    def first(split, count):
+        return MemorySplit(split.name, split.images(torch.arange(count)), split.labels[:count], digits.num_classes)
+
+    return replace(
+        digits,
+        train=first(digits.train, 96),
+        validation=first(digits.validation, 16),
+        test=first(digits.test, 16),
+    )
+
+
+@pytest.fixture
+def deep() -> Deep:
+    torch.manual_seed(0)
+    return Deep().eval()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import inspect
 from pathlib import Path
 
 import pytest
-from tests.pruning.test_errors import few  # noqa: F401  (a fixture)
 
 from convette.cli.main import main
 from convette.cost import WidthCost
@@ -99,7 +98,7 @@ def test_options_reach_the_search_and_the_seed_is_the_runs(network, graph, examp
     assert check_options("per_layer", {"ratios": (0.5,)}) == {"ratios": (0.5,)}
 
 
-def test_prune_hands_them_on(network, few, monkeypatch):  # noqa: F811
+def test_prune_hands_them_on(network, few, monkeypatch):
     seen = []
     genuine = allocate
 

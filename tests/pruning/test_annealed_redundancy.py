@@ -1,7 +1,6 @@
 import pytest
 import torch
 from tests.pruning.conftest import plain
-from tests.pruning.test_errors import few  # noqa: F401  (a fixture)
 
 from convette.cost import count
 from convette.errors import UsageError
@@ -63,7 +62,7 @@ class Stop(Method):
             raise KeyboardInterrupt
 
 
-def test_a_training_ends_within_the_budget_and_goes_on_after_a_stop(few, tmp_path):  # noqa: F811
+def test_a_training_ends_within_the_budget_and_goes_on_after_a_stop(few, tmp_path):
     assert find_method("linear-redundancy") is AnnealedRedundancy
 
     def made():

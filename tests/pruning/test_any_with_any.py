@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.pruning.test_errors import QUICK_OPTIONS, cut, few  # noqa: F401  (few is a fixture)
+from tests.pruning.test_errors import QUICK_OPTIONS
 
 from convette.cost import Limit, WidthCost, count
 from convette.errors import UsageError
@@ -45,7 +45,7 @@ def test_any_criterion_and_any_allocation_choose_within_a_training(network, grap
 
 @pytest.mark.parametrize("method", [GradualPruning, GrowingRegularization, SoftPruning])
 @pytest.mark.parametrize("choices", [("fisher", "evolution"), ("linear_redundancy", "exact")])
-def test_schedules_in_training_take_them_by_name_as_a_recipe_does(network, few, method, choices):  # noqa: F811
+def test_schedules_in_training_take_them_by_name_as_a_recipe_does(network, few, method, choices):
     criterion, allocation = choices
     options = {"budget": "macs<=50%", "criterion": criterion, "allocation": allocation, "calibration_images": 32}
     assert find_method(method.__name__) is method

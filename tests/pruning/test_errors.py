@@ -1,28 +1,14 @@
 """What goes wrong is said in one line, or the stated fallback is taken, and the model stays as it was to the last bit."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tests.pruning.conftest import Residual, lively
 
-from convette.data import MemorySplit, load_data
 from convette.errors import BudgetError, StructureError, UsageError
 from convette.pruning import ALLOCATIONS, CRITERIA, PruneSettings, prune, redistribute, score_units
 from convette.surgery import trace
 
 QUICK_OPTIONS = {"blend": {"generations": 1, "population": 4}}
-
-
-@pytest.fixture(scope="module")
-def few():
-    """A hundred digits to score on, and next to nothing to validate on."""
-    data = load_data("digits")
-
-    def first(split, count):
-        return MemorySplit(split.name, split.images(torch.arange(count)), split.labels[:count], data.num_classes)
-
-    return replace(data, train=first(data.train, 96), validation=first(data.validation, 16), test=first(data.test, 16))
 
 
 def everything(model) -> list:

@@ -4,13 +4,11 @@ import json
 
 import pytest
 import torch
-from tests.pruning.test_schedules import Deep
 from torch import nn
 
 from convette import models
 from convette.cli.main import main
 from convette.cost import Limit, WidthCost, count
-from convette.data import load_data
 from convette.errors import BudgetError, StructureError, UsageError
 from convette.pruning import PruneSettings, check_budget, find_allocation, prune
 from convette.pruning._calibration import draw_calibration, loss_of_cuts
@@ -19,17 +17,6 @@ from convette.training import TrainSettings
 
 QUICK = TrainSettings(batch_size=256, learning_rate=0.05, augmentation=(), precision="fp32")
 N2N = {"removal_epochs": 1, "shrink_epochs": 3, "rollouts": 3, "student_epochs": 0, "least": 2}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
-
-
-@pytest.fixture
-def deep() -> nn.Module:
-    torch.manual_seed(0)
-    return Deep(4).eval()
 
 
 @pytest.mark.parametrize(("schedule", "options"), [("n2n", N2N), ("block_then_channel", {"rounds": 2})])

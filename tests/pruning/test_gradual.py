@@ -3,7 +3,6 @@ import torch
 from tests.pruning.conftest import plain
 
 from convette.cost import count
-from convette.data import load_data
 from convette.errors import BudgetError, UsageError
 from convette.pruning import GradualPruning
 from convette.surgery import structure_log
@@ -28,11 +27,6 @@ class Watch(Method):
         self.momentum.append(
             all(states[p]["momentum_buffer"].shape == p.shape for p in model.parameters() if trainer.state.clock.step)
         )
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
 
 
 def test_the_budget_is_met_at_the_end_of_training(digits):

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from convette.cost import WidthCost, count
-from convette.data import load_data
 from convette.errors import BudgetError, UsageError
 from convette.pruning import channel_utility, grad_change
 from convette.pruning.criteria._observing import find_readers, sample_saliencies
@@ -19,11 +18,6 @@ from convette.surgery import apply, structure_log, trace
 from convette.training import Event, Method, TrainSettings, train
 
 QUICK = TrainSettings(epochs=4, batch_size=128, learning_rate=0.05, augmentation=(), precision="fp32")
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
 
 
 def net(seed: int = 0) -> nn.Module:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from convette.data import load_data
 from convette.errors import StructureError, UsageError
 from convette.layers.quantization import BinaryConv2d
 from convette.models import create_model
@@ -49,11 +48,6 @@ def binary(scale: str = "mean", padding_value: int = -1) -> nn.Module:
 
 
 EXAMPLE = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
 
 
 @pytest.mark.parametrize("padding_value", [-1, 0])

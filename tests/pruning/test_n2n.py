@@ -1,10 +1,9 @@
 import pytest
 import torch
-from tests.pruning.test_schedules import Deep
+from tests.pruning.conftest import Deep
 from torch import nn
 
 from convette.cost import count
-from convette.data import load_data
 from convette.errors import StructureError, UsageError
 from convette.pruning._reinforce import Reinforce
 from convette.pruning.n2n import (
@@ -23,11 +22,6 @@ from convette.training import TrainSettings
 
 QUICK = TrainSettings(batch_size=256, learning_rate=0.05, augmentation=(), precision="fp32")
 STATES = layer_states([LayerFacts(2, 3, 1, 16, 1), LayerFacts(2, 3, 2, 32, 1), LayerFacts(1, 1, 1, 10, 0)])
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
 
 
 @pytest.fixture(scope="module")

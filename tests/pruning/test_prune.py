@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from convette.cost import count
-from convette.data import load_data
 from convette.errors import BudgetError, FileFormatError, StructureError, UsageError
 from convette.pruning import ALLOCATIONS, CRITERIA, PruneSettings, check_budget, prune
 from convette.pruning import _run as run_module
@@ -19,11 +18,6 @@ QUICK = TrainSettings(batch_size=64, learning_rate=0.05, augmentation=(), ema_de
 
 def bare(**choices) -> PruneSettings:
     return PruneSettings(**{"epochs": 0, "steps": 2, **choices})
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
 
 
 @pytest.fixture

@@ -3,13 +3,11 @@ import json
 
 import pytest
 import torch
-from tests.pruning.conftest import plain
+from tests.pruning.conftest import Block, Deep, plain
 from tests.pruning.test_prune import fake_latency
 from torch import nn
-from torch.nn import functional as F
 
 from convette.cost import count
-from convette.data import load_data
 from convette.errors import BudgetError, UsageError
 from convette.pruning import GradualPruning, PruneSettings, StepRecord, check_budget, prune
 from convette.pruning import _run as run_module
@@ -24,42 +22,12 @@ from convette.training import Event, Method, TrainSettings, train
 QUICK = TrainSettings(batch_size=128, learning_rate=0.05, augmentation=(), precision="fp32")
 
 
-class Block(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(channels)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
-
-    def forward(self, x):
-        return F.relu(x + self.norm2(self.second(F.relu(self.norm(self.first(x))))))
-
-
-class Deep(nn.Module):
-    def __init__(self, blocks: int = 4) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, padding=1)
-        self.blocks = nn.Sequential(*(Block(8) for _ in range(blocks)))
-        self.head = nn.Linear(8, 10)
-
-    def forward(self, x):
-        return self.head(self.blocks(F.relu(self.stem(x))).mean((2, 3)))
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
-
-
 @pytest.fixture
-def deep() -> nn.Module:
-    torch.manual_seed(0)
-    model = Deep().eval()
+def deep(deep) -> nn.Module:
     with torch.no_grad():
-        model.blocks[2].second.weight.mul_(1e-4)  # this block does next to nothing
-        model.blocks[2].norm2.weight.mul_(1e-3)
-    return set_origin(model, Origin("deep", {}))
+        deep.blocks[2].second.weight.mul_(1e-4)  # this block does next to nothing
+        deep.blocks[2].norm2.weight.mul_(1e-3)
+    return set_origin(deep, Origin("deep", {}))
 
 
 def by_layers(networks, example, engine):
