@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from convette.cost import WidthCost, count
 from convette.errors import BudgetError, UsageError
+from convette.models import create_model
 from convette.pruning import channel_utility, grad_change
 from convette.pruning.criteria._observing import find_readers, sample_saliencies
 from convette.pruning.methods import DynamicChannelPropagation, ProgressiveGradientPruning
@@ -276,3 +277,55 @@ def test_what_cannot_be_asked_for_is_named(digits):
         DynamicChannelPropagation(decay=2)
     with pytest.raises(UsageError, match="groups='some'"):
         DynamicChannelPropagation(groups="some")
+
+
+def test_a_layer_without_gradient_only_fades_and_an_outlier_shrinks_the_others_less_by_the_mean():
+    class Given:
+        def __init__(self, values):
+            self.values = values
+
+        def take(self):
+            return {"a": torch.tensor(self.values)}
+
+    found = {}
+    for how in ("max", "mean"):
+        method = DynamicChannelPropagation(normalise=how)
+        method.utility, method.open = {"a": torch.tensor([1.0, 1.0, 1.0])}, {"a": torch.tensor([True, True, False])}
+        method._gates = Given([0.0, 0.0, 0.0])
+        method._remember(0.5)
+        assert method.utility["a"].tolist() == [0.5, 0.5, 1.0], "the closed one rests"
+        method._gates = Given([float("inf"), 1.0, 0.0])
+        method._remember(0.5)
+        assert method.utility["a"].tolist() == [0.5, 0.5, 1.0], "a step that overflowed says nothing"
+        method._gates = Given([8.0, 1.0, 0.0])
+        method._remember(1.0)
+        found[how] = method.utility["a"].tolist()
+    assert found["max"] == pytest.approx([1.5, 0.625, 1.0])
+    assert found["mean"] == pytest.approx([0.5 + 8 / 3, 0.5 + 1 / 3, 1.0])
+    with pytest.raises(UsageError, match="normalise='sum'"):
+        DynamicChannelPropagation(normalise="sum")
+
+
+def test_the_networks_of_the_paper_have_their_counts():
+    """VGG-16 for CIFAR without biases and with one linear layer; ResNet-32 with option A and with 1x1 shortcuts."""
+    layers, channels = [], 3
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+        if not width:
+            layers.append(torch.nn.MaxPool2d(2))
+            continue
+        layers += [
+            torch.nn.Conv2d(channels, width, 3, padding=1, bias=False),
+            torch.nn.BatchNorm2d(width),
+            torch.nn.ReLU(),
+        ]
+        channels = width
+    with torch.device("meta"):
+        image = torch.zeros(1, 3, 32, 32)
+        vgg = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(512, 10)).to("meta").eval()
+        found = count(vgg, image)
+    assert found.parameters == 14_724_042 and found.macs == pytest.approx(313.2e6, rel=1e-3)
+    resnet = count(create_model("resnet32", seed=0), torch.zeros(1, 3, 32, 32))
+    assert resnet.parameters == 464_154 and resnet.macs == pytest.approx(68.9e6, rel=1e-3)
+    # A 1x1 convolution with a norm in place of each of the two option-A shortcuts.
+    shortcuts = sum(ins * 2 * ins + 4 * ins for ins in (16, 32))
+    assert resnet.parameters + shortcuts == 466_906

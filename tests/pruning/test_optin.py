@@ -6,10 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from convette.cost import Limit, WidthCost
 from convette.errors import UsageError
 from convette.models import create_model
-from convette.pruning import trajectory
-from convette.pruning.criteria.optin import _of_heads, block_names, distillation, relation_distance
+from convette.pruning import find_allocation, trajectory
+from convette.pruning.criteria.optin import (
+    _of_heads,
+    block_names,
+    distillation,
+    mean_distance,
+    patch_distance,
+    relation_distance,
+)
 from convette.surgery import apply, masked, trace
 
 
@@ -149,3 +157,54 @@ def test_what_cannot_be_asked_for_is_named(transformer, data):
         trajectory(transformer, graph, data, reduce="men")
     with pytest.raises(UsageError, match="must be positive"):
         trajectory(transformer, graph, data, block=0)
+
+
+def test_relations_by_place_and_of_means(transformer, data):
+    generator = torch.Generator().manual_seed(0)
+    f, g = (torch.randn(6, 4, 5, generator=generator) for _ in range(2))
+    by_hand = torch.stack([relation_distance(f[:, t], g[:, t]) for t in range(4)]).mean()
+    assert torch.allclose(patch_distance(f, g), by_hand) and float(patch_distance(f, f)) < 1e-9
+    assert float(mean_distance(f, f)) == 0 < float(mean_distance(f, g))
+    assert torch.allclose(mean_distance(3 * f, f), torch.zeros((), dtype=torch.float64), atol=1e-9)
+    graph = trace(transformer, data[0][0][:1])
+    found = {how: trajectory(transformer, graph, data, relation=how, block=8) for how in ("sampled", "patch", "mean")}
+    for scores in found.values():
+        assert all((score >= 0).all() and (score > 0).any() for score in scores.values())
+    name = "blocks.1.grow"
+    orders = {how: scores[name].argsort().tolist() for how, scores in found.items()}
+    assert len({tuple(order) for order in orders.values()}) > 1
+
+
+def test_later_blocks_alone_as_published(transformer, data):
+    graph = trace(transformer, data[0][0][:1])
+    whole, later = (trajectory(transformer, graph, data, own=own, block=8) for own in (True, False))
+    # The block of its own is one term less; the last block, which has none behind it, keeps it.
+    assert (later["blocks.0.grow"] < whole["blocks.0.grow"]).all()
+    halved = trajectory(transformer, graph, data, last_weight=0.5, block=8)
+    assert torch.allclose(2 * halved["blocks.2.grow"], whole["blocks.2.grow"])
+    assert torch.equal(halved["blocks.0.grow"], whole["blocks.0.grow"])
+
+
+def test_heads_and_neurons_of_bert_cost_what_is_published_and_the_cap_is_used_up():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(768, 12, 3072, batch_first=True).eval()
+    model = nn.Sequential(layer).eval()
+    example = torch.randn(1, 128, 768)
+    graph = trace(model, example)
+    cost = WidthCost(model, example, graph)
+    heads = next(group for group in graph if group.size == 12)
+    neurons = next(group for group in graph if group.size == 3072)
+    whole = cost.macs({})
+    head = whole - cost.macs({heads.name: torch.arange(11)})
+    neuron = whole - cost.macs({neurons.name: torch.arange(3071)})
+    assert head == 27_262_976 and neuron == 196_608
+    assert 12 * (12 * head + 3072 * neuron) == pytest.approx(11.17e9, rel=1e-3)
+    limit = Limit("macs", None, 0.6 * whole, False, None)
+    scores = {heads.name: torch.rand(12) * 200, neurons.name: torch.rand(3072)}
+    selection = find_allocation("exact")(scores, graph, cost, limit)
+    assert cost.macs(selection) <= limit.value
+    for name, size in ((heads.name, 12), (neurons.name, 3072)):
+        kept = set(selection.get(name, torch.arange(size)).tolist())
+        if len(kept) < size:
+            more = {**selection, name: torch.tensor(sorted({*kept, min(set(range(size)) - kept)}))}
+            assert cost.macs(more) > limit.value

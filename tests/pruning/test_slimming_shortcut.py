@@ -102,3 +102,40 @@ def test_it_goes_with_prune_and_bad_choices_are_named(network, graph, batches, e
         importance_gates(network, graph, batches, steps=0)
     with pytest.raises(UsageError, match="importance_gates needs a data set"):
         prune(network, example, "macs<=50%", PruneSettings(criterion="importance_gates", epochs=0))
+
+
+def test_the_gradient_of_a_gate_is_that_of_what_it_multiplies(network, graph, batches):
+    """d L / d g_c = <d L / d out_c, t_c>, with out_c = g_c t_c what the next layer reads."""
+    images, labels = batches[0]
+    seen: list[torch.Tensor] = []
+
+    def keep(module, args):
+        args[0].retain_grad()
+        seen.append(args[0])
+
+    handle = network.outer.register_forward_pre_hook(keep)
+    F.cross_entropy(network(images), labels).backward()
+    handle.remove()
+    expected = (seen[0].grad * seen[0].detach()).sum((0, 2, 3))
+    gated = Gates(network, graph)
+    gates = gated.ones()
+    (slope,) = torch.autograd.grad(F.cross_entropy(gated(gates, images), labels), [gates["inner"]])
+    assert torch.allclose(slope, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_tied_stream_is_the_special_case_of_equal_regions():
+    torch.manual_seed(0)
+    stem = (nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+    network = nn.Sequential(
+        *stem, Block(12), Block(12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10)
+    ).eval()
+    images, kept = torch.randn(2, 3, 8, 8), torch.tensor([0, 2, 3, 7, 11])
+    tied, untied = copy.deepcopy(network), copy.deepcopy(network)
+    graph = trace(tied, images)
+    stream = max(graph, key=lambda group: len(group.of("producer"))).name
+    apply(tied, graph.shrink({stream: kept}))
+    apply(untied, surgery.untie(trace(untied, images)))
+    graph = trace(untied, images)
+    apply(untied, graph.shrink({g.name: kept for g in graph if g.size == 12 and "conv1" not in g.name}))
+    with torch.no_grad():
+        assert torch.allclose(untied(images), tied(images), atol=1e-5)

@@ -31,10 +31,13 @@ def trajectory(
     balance: float | int = 10.0,
     temperature: float | int = 4.0,
     rows: int = 768,
+    relation: str = "sampled",
     reduce: str = "sum",
+    own: bool = True,
     block: int = 1,
     images: int = 32,
     head_weight: float | int = 0.5,
+    last_weight: float | int = 1.0,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     r"""Score units by how far their removal bends the trajectory of features and output on one batch.
@@ -47,23 +50,31 @@ def trajectory(
     Blocks that run before the unit do not change and add nothing. s puts the two terms at `balance` to 1: the median
     over the units of their ratio, one power of ten for the whole model.
 
+    - `relation`: "sampled" (default) between rows of all images and places; "patch" between the images at each place
+      alone, a mean over places; "mean", for convolutional networks: the squared distance of the features' means over
+      the images.
+    - `own`: count the block that the unit is in as well. False, as published, counts later blocks only (the last block
+      counts its own).
     - `reduce`: "sum" over blocks (as published; early layers have more of them), or "mean".
     - `block`: units of a group are masked this many at a time and share the result: for the thousands of neurons of a
       transformer. `images`: how many calibration images are used.
-    - `head_weight`: factor for groups whose units are whole attention heads (0.5 in the authors' code).
+    - `head_weight`: factor for groups whose units are whole attention heads (0.5 in the authors' code); `last_weight`
+      for those whose removal changes the last block only (0.5 there, 1 here).
 
     Returns one score a unit, at least 0, CPU float32, larger = keep. Raises `UsageError` without calibration data or
     for an output that is not (images, classes). Costs a forward pass of one batch a unit (or block of them): minutes
     for networks with thousands of channels.
     """
+    check_choice("relation", relation, ("sampled", "patch", "mean"))
     check_choice("reduce", reduce, ("sum", "mean"))
     if block < 1 or rows < 1 or images < 1 or temperature <= 0 or balance <= 0:
         raise UsageError("criterion trajectory: block, rows, images, temperature and balance must be positive.")
     batch = _one_batch(batches_of(calibration, "trajectory"), images)
     bends: dict[str, Tensor] = {}
     shifts: dict[str, Tensor] = {}
+    last: set[str] = set()
     with scoring(model), torch.no_grad():
-        watched = _Features(model, rows, seed)
+        watched = _Features(model, rows, seed, relation)
         features, output = watched.run(batch)
         if not isinstance(output, Tensor) or output.ndim != 2:
             raise UsageError("criterion trajectory needs a network with one output of (images, classes).")
@@ -74,14 +85,20 @@ def trajectory(
                 kept[units] = False
                 with zeroed(model, graph, group, kept):
                     moved, changed = watched.run(batch)
-                each = torch.stack([relation_distance(f, g) for f, g in zip(features, moved, strict=True)])
+                each = torch.stack([_DISTANCES[relation](f, g) for f, g in zip(features, moved, strict=True)])
+                first = int((each > 0).nonzero()[0]) if bool((each > 0).any()) else 0
+                if first == len(each) - 1 and len(each) > 1:
+                    last.add(group.name)
+                elif not own:
+                    each[first] = 0
                 bend[units] = (each.sum() if reduce == "sum" else each.mean()).cpu()
                 shift[units] = distillation(output, changed, float(temperature)).cpu()
             if group.size:
                 bends[group.name], shifts[group.name] = bend, shift
     scale = balancing_scale(torch.cat(list(bends.values())), torch.cat(list(shifts.values())), float(balance))
     heads = {group.name for group in graph.groups if _of_heads(model, graph, group.name)}
-    scores = {n: (bends[n] + scale * shifts[n]) * (float(head_weight) if n in heads else 1.0) for n in bends}
+    weights = {n: (head_weight if n in heads else 1) * (last_weight if n in last else 1) for n in bends}
+    scores = {n: (bends[n] + scale * shifts[n]) * float(weights[n]) for n in bends}
     return finite_scores(scores, "trajectory", graph)
 
 
@@ -93,6 +110,21 @@ def relation_distance(first: Float[Tensor, "k d"], second: Float[Tensor, "k e"])
     f, g = functional.normalize(first.double(), dim=1), functional.normalize(second.double(), dim=1)
     squares = (f.T @ f).square().sum() + (g.T @ g).square().sum() - 2 * (f.T @ g).square().sum()
     return squares.clamp_min(0)
+
+
+def patch_distance(first: Float[Tensor, "n t d"], second: Float[Tensor, "n t e"]) -> Float[Tensor, ""]:
+    """Return `relation_distance` of the n images at each place alone, as a mean over the t places."""
+    pairs = zip(first.unbind(1), second.unbind(1), strict=True)
+    return torch.stack([relation_distance(f, g) for f, g in pairs]).mean()
+
+
+def mean_distance(first: Float[Tensor, "n t d"], second: Float[Tensor, "n t d"]) -> Float[Tensor, ""]:
+    """Return the squared distance of the means over n images of features of unit length."""
+    f, g = functional.normalize(first.double(), dim=2), functional.normalize(second.double(), dim=2)
+    return (f.mean(dim=0) - g.mean(dim=0)).square().sum()
+
+
+_DISTANCES = {"sampled": relation_distance, "patch": patch_distance, "mean": mean_distance}
 
 
 def distillation(teacher: Float[Tensor, "n c"], student: Float[Tensor, "n c"], temperature: float) -> Float[Tensor, ""]:
@@ -130,8 +162,8 @@ def _of_heads(model: nn.Module, graph: ChannelGraph, name: str) -> bool:
 class _Features:
     """The features behind each block of a network, in the order in which the blocks run."""
 
-    def __init__(self, model: nn.Module, rows: int, seed: int) -> None:
-        self.model, self.rows, self.seed = model, rows, seed
+    def __init__(self, model: nn.Module, rows: int, seed: int, relation: str = "sampled") -> None:
+        self.model, self.rows, self.seed, self.relation = model, rows, seed, relation
         self.names = block_names(model)
         self.chosen: dict[int, Tensor] = {}
 
@@ -150,11 +182,22 @@ class _Features:
             return found, run(self.model, images)
 
     def _rows(self, value: Tensor, number: int) -> Tensor:
-        flat = value.movedim(1, -1).flatten(0, -2) if value.ndim >= 4 else value.flatten(0, -2)
+        value = value.movedim(1, -1) if value.ndim >= 4 else value
+        if self.relation != "sampled":
+            return self._places(value.flatten(1, -2) if value.ndim > 2 else value[:, None], number)
+        flat = value.flatten(0, -2)
         if number not in self.chosen:
             generator = torch.Generator().manual_seed(self.seed + number)
             self.chosen[number] = torch.randperm(len(flat), generator=generator)[: self.rows]
         return flat[self.chosen[number].to(flat.device)]
+
+    def _places(self, value: Tensor, number: int) -> Tensor:
+        """Return all images at as many places as make up the rows."""
+        if number not in self.chosen:
+            generator = torch.Generator().manual_seed(self.seed + number)
+            count = max(1, self.rows // len(value))
+            self.chosen[number] = torch.randperm(value.shape[1], generator=generator)[:count]
+        return value[:, self.chosen[number].to(value.device)]
 
 
 def block_names(model: nn.Module) -> list[str]:

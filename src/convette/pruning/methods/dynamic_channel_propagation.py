@@ -41,6 +41,7 @@ class DynamicChannelPropagation(Method):
     - `decay` (lambda, 0.6): rises by 0.1 at each of `milestones` (shares of the training) and is 1 from the last on.
     - `explore` (default 0.05): the share of the training at whose start all are open.
     - `every`: steps between two updates of what is closed. `at_least`: units a group keeps.
+    - `normalise`: v is divided by its "max" in the group (default) or its "mean", which one outlier moves less.
     - `groups`: "inner" (default, as published for ResNets), or "all", residual streams as well. Groups whose counts are
       constrained (grouped convolutions) and those that no convolution or linear layer reads stay open.
 
@@ -64,7 +65,10 @@ class DynamicChannelPropagation(Method):
         every: int = 1,
         at_least: int = 1,
         groups: str = "inner",
+        normalise: str = "max",
     ) -> None:
+        if normalise not in ("max", "mean"):
+            raise UsageError(f"{self.name}: normalise={normalise!r} is none of 'max', 'mean'.")
         if not 0 <= rate < 1 or not 0 <= decay <= 1 or not 0 <= explore < 1 or every < 1 or at_least < 1:
             raise UsageError(
                 f"{self.name}: rate={rate}, decay={decay}, explore={explore} must be shares, every={every} and"
@@ -73,6 +77,7 @@ class DynamicChannelPropagation(Method):
         check_groups(groups, self.name)
         self.rate, self.decay, self.milestones = float(rate), float(decay), tuple(milestones)
         self.budget, self.explore, self.every, self.at_least, self.groups = budget, explore, every, at_least, groups
+        self.normalise = normalise
         self.utility: dict[str, Tensor] = {}
         self.open: dict[str, Tensor] = {}
         self.finished = False
@@ -143,10 +148,10 @@ class DynamicChannelPropagation(Method):
     def _remember(self, decay: float) -> None:
         assert self._gates is not None
         for name, value in self._gates.take().items():
-            largest = value.amax()
-            if largest > 0 and torch.isfinite(largest):
+            scale = value.amax() if self.normalise == "max" else value.mean()
+            if torch.isfinite(scale):  # a step that overflowed says nothing
                 utility = torch.where(self.open[name], decay * self.utility[name], self.utility[name])
-                self.utility[name] = utility + value / largest
+                self.utility[name] = utility + value / scale if scale > 0 else utility
 
     def _close(self, trainer: "Trainer") -> None:
         """Open and close by the utilities as they are now."""
