@@ -1,12 +1,15 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from convette.data import load_data
+from convette.cli.main import main
 from convette.errors import StructureError, UsageError
-from convette.models import build_from_origin, create_model
+from convette.models import build_from_origin, create_model, load
+from convette.pruning import PruneSettings, prune
 from convette.pruning.methods import GradualSparsity, KeepSparsity
 from convette.pruning.sparsity import (
     apply_masks,
@@ -14,10 +17,13 @@ from convette.pruning.sparsity import (
     masks_of,
     n_m_mask,
     parse_pattern,
+    pattern_of,
     report,
     sparse_layers,
     sparsify,
+    sparsity_in_words,
     unstructured_mask,
+    zeros_of,
 )
 from convette.surgery import load_model, save_model
 from convette.training import Event, Method, TrainSettings, train
@@ -37,11 +43,6 @@ def three(widths=(8, 8)) -> nn.Module:
         nn.Flatten(),
         nn.Linear(widths[1], 10),
     )
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
 
 
 @settings(deadline=None, max_examples=40)
@@ -195,6 +196,7 @@ def test_what_cannot_be_is_refused():
         lambda: make_masks(three(), 0.5, scope="net"),
         lambda: GradualSparsity(1.5),
         lambda: GradualSparsity(begin=0.8, end=0.2),
+        lambda: GradualSparsity(scope="net"),
     ):
         with pytest.raises(UsageError):
             build()
@@ -212,3 +214,64 @@ def test_what_cannot_be_is_refused():
 def test_a_dense_network_has_nothing_to_keep(digits):
     with pytest.raises(UsageError, match="no weight of this network is zero"):
         train(three(), digits, QUICK, methods=(KeepSparsity(),), device="cpu")
+
+
+def test_masks_of_a_pattern_follow_a_cut_and_keep_the_pattern(digits):
+    from convette.pruning import GradualPruning
+
+    model = three((16, 16))
+    sparsify(model, pattern="2:4")
+    cutting = GradualPruning("macs<=60%", times=1, begin=0.6, end=0.6)
+    trained = train(model, digits, QUICK, methods=(KeepSparsity(pattern="2:4"), cutting), device="cpu").model
+    weight = trained[3].weight
+    assert weight.shape[1] < 16
+    assert not ((weight != 0) & ~n_m_mask(weight.detach().abs(), 2, 4)).any()
+
+
+@pytest.mark.parametrize(("pattern", "epochs"), [("2:4", 0), ("2:4", 1), ("unstructured", 1)])
+def test_a_sparse_network_that_is_pruned_stays_sparse(digits, pattern, epochs):
+    model = three((16, 16))
+    sparsify(model, 0.8, pattern=pattern, scope="layer")
+    choices = PruneSettings(criterion="l1", steps=2, epochs=epochs, calibration_images=64)
+    pruned = prune(model, digits, "macs<=50%", choices, train_settings=QUICK, device="cpu").model
+    weight = pruned[3].weight.detach()
+    assert weight.shape[0] < 16 or weight.shape[1] < 16
+    if pattern == "2:4":
+        assert not ((weight != 0) & ~n_m_mask(weight.abs(), 2, 4)).any()
+        assert float((weight == 0).float().mean()) >= 0.4
+    else:
+        assert float((weight == 0).float().mean()) > 0.6
+    if epochs:
+        dense = prune(
+            model, digits, "macs<=50%", replace(choices, keep_zeros=False), train_settings=QUICK, device="cpu"
+        ).model
+        assert zeros_of(dense) == {}
+
+
+def test_patterns_are_told_from_chance_and_from_layers_that_begin_at_zero():
+    model = create_model("resnet20", seed=0)
+    assert zeros_of(model) == {} and pattern_of({}) is None
+    with torch.no_grad():
+        next(iter(sparse_layers(model).values())).zero_()
+    assert zeros_of(model) == {}, "a layer that begins at zero is not a sparse one"
+    for share, pattern, found in ((0.8, "unstructured", None), (0.5, "2:4", (2, 4)), (0.5, "1:8", (1, 8))):
+        masks = make_masks(create_model("resnet20", seed=0), share, pattern=pattern)
+        assert pattern_of(masks) == found
+    assert sparsity_in_words({"a": torch.tensor([[True, False]])}) == "50% of the weights of 1 layer are zero (1:2)"
+
+
+def test_a_recipe_asks_for_it_and_the_files_of_training_and_pruning_hold_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.toml").write_text(
+        "[model]\nname = 'resnet8'\n[train]\nepochs = 1\naugmentation = []\n"
+        "[[method]]\nname = 'gradual-sparsity'\noptions = { pattern = '2:4' }\n"
+    )
+    assert main(["train", "r.toml", "--out", "run", "--device", "cpu", "-q"]) == 0
+    command = ["prune", "run/train/model.safetensors", "--data", "digits", "--budget", "macs<=60%", "--epochs", "1"]
+    assert main([*command, "--set", "prune.steps=1", "--out", "small.safetensors", "--device", "cpu", "-q"]) == 0
+    capsys.readouterr()
+    for file in ("run/train/model.safetensors", "small.safetensors"):
+        masks = zeros_of(load(file))
+        assert set(masks) == set(sparse_layers(create_model("resnet8"))) and pattern_of(masks) == (2, 4)
+    bad = ["recipe", "--set", "prune.keep_zeros=2"]
+    assert main(bad) == 2

@@ -41,6 +41,12 @@ CRITERION = "taylor"
 SEEDED = ("train", "prune", "quantize")
 # Sections that are lists of tables, and the class of those.
 LISTS: dict[str, type[BaseModel]] = {"convert": ConversionStep, "method": MethodStep}
+LATER: tuple[tuple[str, str, Any], ...] = (
+    ("model", "options", {}),
+    ("prune", "schedule_options", {}),
+    ("prune", "allocation_options", {}),
+    ("prune", "keep_zeros", True),
+)
 
 
 class Section(BaseModel):
@@ -169,9 +175,9 @@ class Recipe(Section):
         """Return twelve hex digits that change when anything changes but where the results go."""
         tables = self.tables()
         tables["run"].pop("out")
-        # Keys that came later: where they are empty a run keeps the name it had before.
-        for section, key in (("model", "options"), ("prune", "schedule_options"), ("prune", "allocation_options")):
-            if not tables[section].get(key):
+        # Keys that came later: where they are as if they were not there a run keeps the name it had before.
+        for section, key, same in LATER:
+            if tables[section].get(key) == same:
                 tables[section].pop(key, None)
         # A recipe without such steps keeps the name it had before there were any.
         tables = {name: table for name, table in tables.items() if name not in LISTS or table["steps"]}

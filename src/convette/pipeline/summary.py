@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from convette.cost import Cost, format_bytes, format_count, format_milliseconds
 from convette.pipeline.results import (
     ExplainResult,
@@ -15,6 +17,7 @@ from convette.pipeline.results import (
     read_result,
     read_run,
 )
+from convette.pruning.sparsity import sparsity_in_words, zeros_of
 
 _LABELS: dict[str, tuple[str, Unit]] = {
     "macs": ("MACs", "count"),
@@ -144,6 +147,8 @@ def _notes(run_dir: Path, verified: VerifyResult) -> list[str]:
         kinds = sorted(set(exported.unfolded.values()))
         left = f"left as it is: {', '.join(exported.unfolded)} ({' '.join(kinds)})" if kinds else "nothing is left."
         notes.append(f"Exported with everything folded that can be, exactly; {left}")
+    if masks := zeros_of(load_file(_network(run_dir))):
+        notes.append(f"Sparse: {sparsity_in_words(masks)}; only an engine for sparse weights runs that faster.")
     quantized: QuantizationResult | None = read_result(run_dir, "quantize")
     if quantized is not None:
         notes.append(f"Precision: {quantized.reason}")
@@ -194,10 +199,9 @@ def fewer_threads(verified: VerifyResult, all_threads: int) -> int | None:
 def _use(run_dir: Path, verified: VerifyResult) -> list[str]:
     """Return the commands that use what came out."""
     exported: ExportResult | None = read_result(run_dir, "export")
+    network = _network(run_dir)
     if exported is None:
-        network = run_dir / ("compress" if read_result(run_dir, "compress") else "train") / "model.safetensors"
         return [f"convette show {network}", f"python -c \"import convette; model = convette.load('{network}')\""]
-    network = run_dir / exported.files[0].file
     commands = [
         f"convette show {network}",
         f"convette explain {network} IMAGE --out cam.png",
@@ -216,6 +220,14 @@ def _use(run_dir: Path, verified: VerifyResult) -> list[str]:
     if record.stage("report").state != "left out":
         commands.append(f"open {run_dir / 'report.html'}")
     return commands
+
+
+def _network(run_dir: Path) -> Path:
+    """Return the file of the network that came out."""
+    exported: ExportResult | None = read_result(run_dir, "export")
+    if exported is not None:
+        return run_dir / exported.files[0].file
+    return run_dir / ("compress" if read_result(run_dir, "compress") else "train") / "model.safetensors"
 
 
 def _open(path: Path, form: str, threads: int | None) -> str:

@@ -20,6 +20,7 @@ from convette.pruning._calibration import cut, draw_calibration
 from convette.pruning._deciding import Decision, decide, say, smallest_cost
 from convette.pruning._distributed import copy_from_main_rank, decided_by_main_rank
 from convette.pruning._in_training import make_method
+from convette.pruning._keeping_zeros import Sparsity, sparsity_to_keep
 from convette.pruning._measured import MEASURED, Measure, MeasuredLimits, engine_of
 from convette.pruning._store import StateStore, fingerprint
 from convette.pruning.frameworks import FRAMEWORKS, run_framework
@@ -27,6 +28,7 @@ from convette.pruning.recovery import recalibrate, recover
 from convette.pruning.redistribution import redistribute
 from convette.pruning.result import PruneResult, StepRecord, widths_of, write_history
 from convette.pruning.settings import PruneSettings
+from convette.pruning.sparsity import apply_masks
 from convette.surgery import ChannelGraph, ModelCard, card_of, set_card, structure_log, trace
 from convette.training import EpochRecord, Method, TrainSettings, evaluate
 
@@ -63,6 +65,7 @@ class Run:
     seconds_before: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     traced: tuple[nn.Module, int, ChannelGraph] | None = None
+    sparsity: Sparsity | None = None
 
     def graph(self, network: nn.Module) -> ChannelGraph:
         """Return what goes together in `network`; it is traced again only once its structure has changed."""
@@ -94,6 +97,8 @@ class Run:
     def begin(self) -> nn.Module:
         """Return the network to go on with: the kept one, its step brought to an end, or a copy of the start."""
         network = copy.deepcopy(self.parent)
+        if self.sparsity:
+            say(f"pruning: {self.sparsity.words}")
         state = self.store.load(network)
         if state is None:
             network = untied(network, self.example) if self.settings.untie else network
@@ -149,8 +154,12 @@ class Run:
         """Cut `network` to `selection`, in place; what stays takes over what goes if that is asked for."""
         graph = self.graph(network)
         if self.settings.redistribute and self.data is not None:
+            zeros = self.sparsity.zeros(network) if self.sparsity else {}
             redistribute(network, graph, selection, self.calibration(), ridge=None)
+            apply_masks(network, zeros)
         cut(network, graph, selection)
+        if self.sparsity:
+            self.sparsity.restore(network)
 
     def check(self) -> Cost:
         """Return the cost of the smallest network; `BudgetError` if the budget cannot be reached."""
@@ -171,7 +180,7 @@ class Run:
                 epochs,
                 self.settings,
                 train_settings=self.train_settings,
-                methods=self.pruning_methods(),
+                methods=(*self.pruning_methods(), *(self.sparsity.methods(network) if self.sparsity else ())),
                 device=self.device,
                 checkpoint_dir=self.store.training_dir(self.step),
                 title=f"recover, step {self.step} of {max(self.step, self.settings.cuts)}",
@@ -300,6 +309,7 @@ def prepare_run(
         minimum=minimum,
         store=StateStore(checkpoint_dir, fingerprint(parent, parts)),
         edits_before=len(structure_log(parent).edits),
+        sparsity=sparsity_to_keep(parent, settings),
     )
 
 

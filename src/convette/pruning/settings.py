@@ -43,6 +43,8 @@ class PruneSettings:
       all of 129 cuts of ResNet-20 and ResNet-56 tried with and without (25 points in the median, before training), and
       13 after training on the digits (``docs/recovery.md``); a pass over the images and a solve a layer.
     - `recalibrate`: batch-norm statistics are taken anew on training images after each cut.
+    - `keep_zeros`: what is exactly zero in a network that was made sparse stays so through cuts and recovery, in its
+      pattern ("2:4") if it has one; off, it learns again. Schedules that are frameworks do not keep it.
     - `distil`: the unpruned network teaches during recovery; `distil_from`: by its "logits", by its "features" at the
       end of each stage as well, or "in_place", going on to learn itself.
     - `constraints`: what every cut keeps to, in a line: ``"multiple_of=8, minimum=16, whole_heads, keep stem*"``
@@ -75,6 +77,7 @@ class PruneSettings:
     distil: bool = True
     distil_from: Literal["logits", "features", "in_place"] = "logits"
     recalibrate: bool = True
+    keep_zeros: bool = True
     constraints: str = ""
     multiple_of: int = 1
     min_fraction: float | int = 0.1

@@ -137,15 +137,52 @@ def apply_masks(model: nn.Module, masks: Masks) -> None:
         tensors[name].masked_fill_(~mask.to(tensors[name].device), 0.0)
 
 
-def masks_of(model: nn.Module, *, least: float | int = 0.05) -> dict[str, Tensor]:
-    """Return the masks that the zeros of `model` say: of every weight of which at least the share `least` is zero."""
+def masks_of(model: nn.Module | Mapping[str, Tensor], *, least: float | int = 0.05) -> dict[str, Tensor]:
+    """Return the masks that the zeros of `model` say: of every weight of which at least the share `least` is zero.
+
+    `model`: a network, or its tensors by name.
+    """
     found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
+    for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else model.items():
+        if parameter.ndim > 1 and parameter.is_floating_point():
             mask = parameter.detach() != 0
             if float((~mask).float().mean()) >= least:
                 found[name] = mask
     return found
+
+
+def zeros_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the masks of a network that was made sparse: `masks_of` without weights that are zero altogether.
+
+    Such are layers that begin at zero and learn from there, not sparse ones.
+    """
+    return {name: mask for name, mask in masks_of(model).items() if bool(mask.any())}
+
+
+def pattern_of(masks: Masks) -> tuple[int, int] | None:
+    """Return the pattern (N, M) that all `masks` keep to, M 2, 4 or 8; None if they keep to none.
+
+    It counts where the masks fill it to four fifths: that a few weights happen to lie apart is none.
+    """
+    if not masks:
+        return None
+    density = 1 - report(masks).sparsity
+    for n, m in ((1, 2), (1, 4), (2, 4), (1, 8), (2, 8), (3, 8), (4, 8)):
+        if 0.8 * n / m <= density <= 1.2 * n / m and all(_keeps_to(mask, n, m) for mask in masks.values()):
+            return n, m
+    return None
+
+
+def sparsity_in_words(masks: Masks) -> str:
+    """Return what `masks` leave, as ``"50% of the weights of 6 layers are zero (2:4)"``."""
+    pattern = pattern_of(masks)
+    named = "unstructured" if pattern is None else f"{pattern[0]}:{pattern[1]}"
+    layers = f"{len(masks)} layer{'s' * (len(masks) > 1)}"
+    return f"{report(masks).sparsity:.0%} of the weights of {layers} are zero ({named})"
+
+
+def _keeps_to(mask: Tensor, n: int, m: int) -> bool:
+    return not bool((mask & ~n_m_mask(mask.float(), n, m)).any())
 
 
 def sparsify(model: nn.Module, sparsity: float | int = 0.9, **choices: Any) -> SparsityReport:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from convette.errors import UsageError
-from convette.pruning.methods.sparsity import KeepSparsity
+from convette.pruning.methods.keep_sparsity import KeepSparsity
 from convette.pruning.sparsity import apply_masks, sparse_layers, unstructured_mask
 from convette.training import Event
 

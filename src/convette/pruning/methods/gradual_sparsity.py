@@ -1,4 +1,4 @@
-"""Training sparse networks: masks that are held, or found along the way (see `convette.pruning.sparsity`)."""
+"""Becoming sparse while training: ever more of the smallest weights go, unstructured or N of every M."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,67 +6,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from convette.errors import UsageError
-from convette.pruning.sparsity import Masks, apply_masks, make_masks, masks_of, parse_pattern
-from convette.training import Event, Method
+from convette.pruning.methods.keep_sparsity import KeepSparsity
+from convette.pruning.sparsity import apply_masks, make_masks
+from convette.training import Event
 
 if TYPE_CHECKING:
     from convette.training import Trainer
-
-
-class KeepSparsity(Method):
-    """Hold masks while training: what is zero stays zero, whatever optimiser, momentum and weight decay do.
-
-    `masks` None: those that the zeros of the network say (`masks_of`). Masks follow edits of the structure. Costs a
-    masked fill a step. Raises `UsageError` at the start for a network without zeros.
-    """
-
-    name = "keep_sparsity"
-    order = 50
-    events = frozenset({Event.SETUP, Event.AFTER_OPTIMIZER_STEP, Event.STRUCTURE_CHANGED})
-
-    def __init__(self, masks: Masks | None = None) -> None:
-        self.masks: dict[str, Tensor] = dict(masks or {})
-
-    def apply(self, event: Event, trainer: "Trainer") -> None:
-        """Take the masks up, hold them, follow edits."""
-        model = trainer.state.model
-        if event is Event.STRUCTURE_CHANGED:
-            self._follow(trainer)
-            return
-        if event is Event.SETUP and not self.masks:
-            self.masks = self._at_first(model)
-        apply_masks(model, self.masks)
-        if trainer.state.ema is not None:
-            apply_masks(trainer.state.ema.module, self.masks)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the masks."""
-        return {"masks": {name: mask.cpu() for name, mask in self.masks.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
-        self.masks = dict(state["masks"])
-
-    def _at_first(self, model: nn.Module) -> dict[str, Tensor]:
-        masks = masks_of(model)
-        if not masks:
-            raise UsageError(f"{self.name}: no weight of this network is zero; give masks, or sparsify it first.")
-        return masks
-
-    def _follow(self, trainer: "Trainer") -> None:
-        for name, change in trainer.state.change.parameters.items():
-            if name not in self.masks:
-                continue
-            mask = self.masks.pop(name)
-            if change.new is None:
-                continue
-            for dim, kept in change.kept.items():
-                if int(kept.min()) < 0:
-                    mask = None
-                    break
-                mask = mask.index_select(dim, kept.to(mask.device))
-            if mask is not None and mask.shape == change.new.shape:
-                self.masks[name] = mask
 
 
 class GradualSparsity(KeepSparsity):
@@ -90,18 +35,19 @@ class GradualSparsity(KeepSparsity):
         pattern: str = "unstructured",
         scope: str = "global",
         exclude: Sequence[str] = (),
-        begin: float = 0.1,
-        end: float = 0.7,
+        begin: float | int = 0.1,
+        end: float | int = 0.7,
         times: int = 8,
     ) -> None:
-        super().__init__()
+        super().__init__(pattern=pattern)
         if not 0 <= begin <= end <= 1 or times < 1:
             raise UsageError(
                 f"gradual sparsity: begin={begin}, end={end}, times={times} is no schedule; 0<=begin<=end<=1."
             )
+        if scope not in ("global", "layer"):
+            raise UsageError(f"gradual sparsity: scope {scope!r} is none of 'global', 'layer'.")
         if not 0 < sparsity < 1:
             raise UsageError(f"gradual sparsity: sparsity = {sparsity} must be between 0 and 1.")
-        self.shape = parse_pattern(pattern)
         self.sparsity, self.scope, self.exclude = float(sparsity), scope, tuple(exclude)
         self.begin, self.end = begin, end
         self.times = self.shape[1] - self.shape[0] if self.shape else times
@@ -139,3 +85,7 @@ class GradualSparsity(KeepSparsity):
             return make_masks(model, pattern=f"{max(n, m - self.done)}:{m}", exclude=self.exclude)
         share = 1 - (1 - self.done / self.times) ** 3
         return make_masks(model, self.sparsity * share, scope=self.scope, exclude=self.exclude)
+
+    def _in_pattern(self, mask: Tensor, weight: Tensor) -> Tensor:
+        # Before the last moment the pattern is looser, and is taken anew anyway.
+        return super()._in_pattern(mask, weight) if self.done >= self.times else mask
