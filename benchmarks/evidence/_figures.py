@@ -42,6 +42,12 @@ def paired(values: Sequence[float], base: Sequence[float], factor: float = 100.0
     return f"{factor * mean:+.1f} ± {factor * half:.1f}"
 
 
+def gained(values: Sequence[float], base: Sequence[float]) -> str:
+    """Return the paired difference of two shares in points, with its interval."""
+    mean, half = interval(differences(values, base))
+    return f"{100 * mean:+.1f} points (95 % interval {100 * (mean - half):+.1f} to {100 * (mean + half):+.1f})"
+
+
 def against(values: Sequence[float], base: Sequence[float], digits: int = 1) -> str:
     """Return the paired difference in words: mean and 95 % interval, and whether it can be told from chance."""
     mean, half = interval(differences(values, base))

@@ -1,6 +1,8 @@
 """What the evidence scripts do alike: options, images as tensors, a plain training loop, every arm over seeds."""
 
 import argparse
+import copy
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +14,13 @@ from _figures import Figures
 from torch import Tensor, nn
 from torch.nn import functional
 
+from convette._files import write_json
 from convette._progress import note
+from convette._provenance import provenance
 from convette.data import ImageData, load_data
+from convette.training import evaluate
+
+Figured = dict[str, Any]
 
 
 def options(doc: str | None, *, shared: bool = False, seeds: int = 3) -> argparse.Namespace:
@@ -156,6 +163,24 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
 def percent_right(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the share of right answers in eval mode, in percent."""
     return 100 * float((predicted(model, images) == labels).float().mean())
+
+
+def share_right(model: nn.Module, data: ImageData) -> float:
+    """Return the share of right answers on the test split; the model is left as it is."""
+    return float(evaluate(copy.deepcopy(model), data.test, data.preprocessing).accuracy)
+
+
+def go_on(
+    out: Path, work: Mapping[str, Callable[[], Figured]], report: Callable[[dict[str, Figured]], dict[str, Any]]
+) -> None:
+    """Do the `work` that `out` has no results of; it is written anew after each piece: report, runs, provenance."""
+    kept: dict[str, Figured] = json.loads(out.read_text()).get("runs", {}) if out.exists() else {}
+    for key, one in work.items():
+        if key not in kept:
+            started = time.perf_counter()
+            kept[key] = {**one(), "seconds": round(time.perf_counter() - started, 1)}
+        seconds = sum(run["seconds"] for run in kept.values())
+        write_json(out, {**report(kept), "runs": kept, **provenance(seconds)})
 
 
 def over_seeds(

@@ -11,25 +11,19 @@ and one drawn at random, are then trained alike for 24 epochs at 90 % sparsity: 
 left no cell better than a guess.
 """
 
-import argparse
-import copy
-import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from _figures import gained, shown
+from _work import go_on, options, share_right
 
-from convette._files import write_json
 from convette._progress import note
-from convette._provenance import provenance
 from convette.data import ImageData, load_data
 from convette.models.cell_network import NODES, NONE, CellNetwork, Genotype, candidate_operations
-from convette.pipeline.compare import estimate
 from convette.pruning.dass import DASSSettings, search
 from convette.pruning.methods import GradualSparsity, ScoreMasks
-from convette.training import Method, TrainSettings, evaluate, train
+from convette.training import Method, TrainSettings, train
 
 OUT = Path(__file__).parent / "results" / "dass.json"
 SPARSITY, CELLS, CHANNELS = 0.9, 1, 16
@@ -38,19 +32,9 @@ ARMS = ("random cell", "judged dense, magnitude masks", "judged dense", "judged 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    data = load_data("digits", test_fraction=0.6)
-    kept: dict[str, Any] = json.loads(OUT.read_text()).get("runs", {}) if OUT.exists() else {}
-    for seed in range(options.seeds):
-        if str(seed) not in kept:
-            started = time.perf_counter()
-            kept[str(seed)] = {**one_seed(data, seed), "seconds": round(time.perf_counter() - started, 1)}
-        found = report(list(kept.values())) if len(kept) > 1 else {}
-        seconds = sum(run["seconds"] for run in kept.values())
-        write_json(OUT, {**found, "runs": kept, **provenance(seconds)})
+    seeds, data = range(options(__doc__).seeds), load_data("digits", test_fraction=0.6)
+    work = {str(seed): lambda seed=seed: one_seed(data, seed) for seed in seeds}
+    go_on(OUT, work, lambda kept: report(list(kept.values())) if len(kept) > 1 else {})
 
 
 def one_seed(data: ImageData, seed: int) -> dict[str, Any]:
@@ -76,7 +60,7 @@ def one_seed(data: ImageData, seed: int) -> dict[str, Any]:
         model = train(model, data, settings, methods=(method,), device="cpu").model
         weights = [p for p in model.parameters() if p.ndim > 1]
         found[name] = {
-            "accuracy": accuracy(model, data),
+            "accuracy": share_right(model, data),
             "weights": sum(p.numel() for p in weights),
             "left": sum(int((p != 0).sum()) for p in weights),
             "cell": [operation for operation, _ in cells[name].normal],
@@ -99,11 +83,10 @@ def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
     rows = {}
     for arm in ARMS:
         left, whole = (sum(run[arm][key] for run in runs) / len(runs) for key in ("left", "weights"))
-        rows[arm] = [text([run[arm]["accuracy"] for run in runs]), f"{left:,.0f}", f"{whole:,.0f}"]
+        rows[arm] = [shown([run[arm]["accuracy"] for run in runs], 100), f"{left:,.0f}", f"{whole:,.0f}"]
 
     def against(other: str) -> str:
-        gain = estimate([100 * (run["judged sparse"]["accuracy"] - run[other]["accuracy"]) for run in runs])
-        return f"{gain.mean:+.1f} points (95 % interval {gain.low:+.1f} to {gain.high:+.1f})"
+        return gained(*([run[arm]["accuracy"] for run in runs] for arm in ("judged sparse", other)))
 
     summary = (
         f"{len(runs)} seeds, {SPARSITY:.0%} sparsity. The cell that was judged sparse is {against('judged dense')} "
@@ -111,15 +94,6 @@ def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
         f"with magnitude masks, and {against('random cell')} against a cell drawn at random."
     )
     return {"summary": summary, "columns": ["test accuracy, %", "weights left", "of"], "rows": rows}
-
-
-def text(values: list[float]) -> str:
-    found = estimate([100 * value for value in values])
-    return f"{found.mean:.1f} ± {(found.high - found.low) / 2:.1f}"
-
-
-def accuracy(model: nn.Module, data: ImageData) -> float:
-    return float(evaluate(copy.deepcopy(model), data.test, data.preprocessing).accuracy)
 
 
 if __name__ == "__main__":

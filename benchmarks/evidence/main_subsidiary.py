@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from _work import share_right
 from torch import nn
 
 from convette._files import write_json
@@ -25,7 +26,7 @@ from convette.pipeline.compare import estimate
 from convette.pruning import recalibrate
 from convette.pruning.main_subsidiary import SubsidiarySettings, main_subsidiary
 from convette.surgery import apply, trace
-from convette.training import TrainSettings, evaluate, train
+from convette.training import TrainSettings, train
 
 OUT = Path(__file__).parent / "results" / "main-subsidiary.json"
 
@@ -53,7 +54,7 @@ def main() -> None:
         chosen = TrainSettings(epochs=15, batch_size=64, augmentation=(), precision="fp32", seed=seed)
         again = TrainSettings(epochs=4, batch_size=64, augmentation=(), precision="fp32", learning_rate=0.02, seed=seed)
         whole = train(network(seed), data, chosen, device="cpu").model
-        after["whole"].append(accuracy(whole, data))
+        after["whole"].append(share_right(whole, data))
         settings = SubsidiarySettings(
             strength=0.5, mask_epochs=10, mask_rate=2e-3, retrain_epochs=0, final_epochs=0, least=4, seed=seed
         )
@@ -71,8 +72,8 @@ def main() -> None:
             apply(drawn, graph.shrink(selection))
         recalibrate(drawn, data, seed=seed)
         for name, model in (("random", drawn), ("learned", learned.model)):
-            before[name].append(accuracy(model, data))
-            after[name].append(accuracy(train(model, data, again, device="cpu").model, data))
+            before[name].append(share_right(model, data))
+            after[name].append(share_right(train(model, data, again, device="cpu").model, data))
         figures = f"learned {before['learned'][-1]:.2%}, {after['learned'][-1]:.2%}"
         note(f"seed {seed}: {filters[1]} of {filters[0]} filters; {figures}")
     gained = [estimate([a - b for a, b in zip(x["learned"], x["random"], strict=True)]) for x in (before, after)]
@@ -96,10 +97,6 @@ def main() -> None:
         OUT, {"summary": summary, "columns": columns, "rows": table, **raw, **provenance(time.perf_counter() - started)}
     )
     note(summary)
-
-
-def accuracy(model: nn.Module, data) -> float:
-    return float(evaluate(copy.deepcopy(model), data.test, data.preprocessing).accuracy)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,17 @@ after the same search on a teacher of four convolutions, for 12 updates only. Th
 trained for 8 epochs, taught by the teacher, and scored on the test split. Settings were written before any result.
 """
 
-import argparse
 import copy
-import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from _figures import shown
+from _work import go_on, options, share_right
 from torch import nn
 
-from convette._files import write_json
 from convette._progress import note
-from convette._provenance import provenance
 from convette.cost import count
 from convette.data import ImageData, load_data
 from convette.pipeline.compare import estimate
@@ -39,21 +36,9 @@ TRAIN = TrainSettings(epochs=12, batch_size=64, augmentation=(), precision="fp32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    data = load_data("digits", test_fraction=0.6)
-    kept: dict[str, Any] = json.loads(OUT.read_text()).get("runs", {}) if OUT.exists() else {}
-    for seed in range(options.seeds):
-        if str(seed) in kept:
-            continue
-        started = time.perf_counter()
-        kept[str(seed)] = one_seed(data, seed)
-        seconds = time.perf_counter() - started + sum(run["seconds"] for run in kept.values() if "seconds" in run)
-        kept[str(seed)]["seconds"] = round(time.perf_counter() - started, 1)
-        found = report(list(kept.values())) if len(kept) > 1 else {}
-        write_json(OUT, {**found, "runs": kept, **provenance(seconds)})
+    seeds, data = range(options(__doc__).seeds), load_data("digits", test_fraction=0.6)
+    work = {str(seed): lambda seed=seed: one_seed(data, seed) for seed in seeds}
+    go_on(OUT, work, lambda kept: report(list(kept.values())) if len(kept) > 1 else {})
 
 
 def network(widths: tuple[int, ...]) -> nn.Module:
@@ -87,7 +72,7 @@ def one_seed(data: ImageData, seed: int) -> dict[str, Any]:
         "transferred": ([s.reward for s in moved.students], moved.model),
     }
     example = data.preprocessing(data.train.images(torch.tensor([0])))
-    found: dict[str, Any] = {"teacher": accuracy(teacher, data), "parameters": count(teacher, example).parameters}
+    found: dict[str, Any] = {"teacher": share_right(teacher, data), "parameters": count(teacher, example).parameters}
     for name, (rewards, model) in arms.items():
         model = copy.deepcopy(model)
         share = count(model, example).parameters / found["parameters"]
@@ -105,7 +90,7 @@ def one_seed(data: ImageData, seed: int) -> dict[str, Any]:
             "late": statistics.median(rewards[-20:]),
             "reached": next((n for n, r in enumerate(rewards, start=1) if r >= max(arms["random"][0])), None),
             "share": share,
-            "accuracy": accuracy(model, data),
+            "accuracy": share_right(model, data),
         }
         note(f"seed {seed}, {name}: {found[name]}")
     return found
@@ -133,16 +118,16 @@ def uniform_students(teacher: nn.Module, data: ImageData) -> tuple[list[float], 
 
 def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
     arms = ("random", "uniform", "policy", "transferred")
-    rows = {"teacher": ["", "", "", "100 %", text([100 * run["teacher"] for run in runs])]}
+    rows = {"teacher": ["", "", "", "100 %", shown([run["teacher"] for run in runs], 100)]}
     for arm in arms:
         figures = {key: [run[arm][key] for run in runs] for key in ("best", "late", "share", "accuracy", "reached")}
         reached = [str(n) if n is not None else "never" for n in figures["reached"]]
         rows[arm] = [
-            text(figures["best"], 3),
-            text(figures["late"], 3) if arm != "uniform" else "",
+            shown(figures["best"], digits=3),
+            shown(figures["late"], digits=3) if arm != "uniform" else "",
             ", ".join(reached) if arm != "random" else "",
             f"{100 * statistics.mean(figures['share']):.0f} %",
-            text([100 * x for x in figures["accuracy"]]),
+            shown(figures["accuracy"], 100),
         ]
     gains = {
         (arm, key): estimate([run[arm][key] - run["random"][key] for run in runs])
@@ -164,15 +149,6 @@ def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "its test accuracy after 8 epochs, %",
     ]
     return {"summary": summary, "columns": columns, "rows": rows}
-
-
-def text(values: list[float], digits: int = 1) -> str:
-    found = estimate(values)
-    return f"{found.mean:.{digits}f} ± {(found.high - found.low) / 2:.{digits}f}"
-
-
-def accuracy(model: nn.Module, data: ImageData) -> float:
-    return float(evaluate(copy.deepcopy(model), data.test, data.preprocessing).accuracy)
 
 
 if __name__ == "__main__":

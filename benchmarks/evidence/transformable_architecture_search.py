@@ -10,30 +10,26 @@ the allocation `transformable_architecture_search` learns on 512 training images
 before any result, but for the 50 %: they were added because at 20 % no arm is better than a guess once cut.
 """
 
-import argparse
 import copy
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from _figures import gained, shown
+from _work import go_on, options, share_right
 
-from convette._files import write_json
 from convette._progress import note
-from convette._provenance import provenance
 from convette.cost import Budget, WidthCost, count
 from convette.data import ImageData, load_data
 from convette.models import create_model
-from convette.pipeline.compare import estimate
 from convette.pruning import PruneSettings, WidthRules, find_allocation, l1, recalibrate, recover, uniform
 from convette.pruning._calibration import draw_calibration, loss_of_cuts
 from convette.pruning.allocation._ladder import build_ladders
 from convette.pruning.allocation._scaling import scaled_rungs
 from convette.pruning.allocation._search import selection_of
 from convette.surgery import apply, trace
-from convette.training import TrainSettings, evaluate, train
+from convette.training import TrainSettings, train
 
 OUT = Path(__file__).parent / "results" / "transformable-architecture-search.json"
 SHARES, EPOCHS, ARMS = (0.2, 0.5), 6, ("uniform", "random", "TAS", "TAS, not taught")
@@ -41,20 +37,10 @@ TRAIN = {"batch_size": 64, "augmentation": (), "precision": "fp32", "ema_decay":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    data = load_data("digits", test_fraction=0.6)
-    kept: dict[str, Any] = json.loads(OUT.read_text()).get("runs", {}) if OUT.exists() else {}
-    kept = {key if "/" in key else f"20%/{key}": run for key, run in kept.items()}
-    for seed in range(options.seeds):
-        for share in SHARES:
-            if (key := f"{share:.0%}/{seed}") not in kept:
-                started = time.perf_counter()
-                kept[key] = {**one_seed(data, seed, share), "seconds": round(time.perf_counter() - started, 1)}
-                seconds = sum(run["seconds"] for run in kept.values())
-                write_json(OUT, {**report(kept), "runs": kept, **provenance(seconds)})
+    seeds, data = range(options(__doc__).seeds), load_data("digits", test_fraction=0.6)
+    pieces = [(seed, share) for seed in seeds for share in SHARES]
+    work = {f"{share:.0%}/{seed}": lambda seed=seed, share=share: one_seed(data, seed, share) for seed, share in pieces}
+    go_on(OUT, work, report)
 
 
 def one_seed(data: ImageData, seed: int, part: float) -> dict[str, Any]:
@@ -71,7 +57,7 @@ def one_seed(data: ImageData, seed: int, part: float) -> dict[str, Any]:
     learned = find_allocation("transformable_architecture_search")(
         scores, graph, cost, limit, rules=rules, loss=loss, seed=seed
     )
-    found: dict[str, Any] = {"search": round(time.perf_counter() - began, 1), "whole": accuracy(whole, data)}
+    found: dict[str, Any] = {"search": round(time.perf_counter() - began, 1), "whole": share_right(whole, data)}
     ladders = build_ladders(scores, graph, rules)
     draw = torch.Generator().manual_seed(seed)
     ratios = {ladder.name: float((0.5 * torch.randn((), generator=draw)).exp()) for ladder in ladders}
@@ -86,12 +72,12 @@ def one_seed(data: ImageData, seed: int, part: float) -> dict[str, Any]:
         model = copy.deepcopy(whole)
         apply(model, graph.shrink(selection))
         recalibrate(model, data, seed=seed)
-        cut = accuracy(model, data)
+        cut = share_right(model, data)
         again = TrainSettings(learning_rate=0.05, seed=seed, **TRAIN)
         choices = PruneSettings(distil=name != "TAS, not taught")
         model, _ = recover(model, whole, data, EPOCHS, choices, train_settings=again, device="cpu")
         share = count(model, example).macs / count(whole, example).macs
-        found[name] = {"cut": cut, "trained": accuracy(model, data), "share": share}
+        found[name] = {"cut": cut, "trained": share_right(model, data), "share": share}
         note(f"seed {seed}, {name}: {found[name]}")
     return found
 
@@ -102,11 +88,15 @@ def report(kept: dict[str, Any]) -> dict[str, Any]:
         runs = [run for key, run in kept.items() if key.startswith(f"{share:.0%}/")]
         if len(runs) < 2:
             continue
-        rows[f"whole, {share:.0%}"] = ["100 %", "", text([run["whole"] for run in runs])]
+        rows[f"whole, {share:.0%}"] = ["100 %", "", shown([run["whole"] for run in runs], 100)]
         for arm in ARMS:
             macs = 100 * sum(run[arm]["share"] for run in runs) / len(runs)
             cut, trained = ([run[arm][key] for run in runs] for key in ("cut", "trained"))
-            rows[f"{arm}, {share:.0%}"] = [f"{macs:.1f} %", text(cut) if "not" not in arm else "", text(trained)]
+            rows[f"{arm}, {share:.0%}"] = [
+                f"{macs:.1f} %",
+                shown(cut, 100) if "not" not in arm else "",
+                shown(trained, 100),
+            ]
         sentences.append(
             f"At {share:.0%} of the MACs ({len(runs)} seeds) the widths that TAS learned are, once cut, "
             f"{against(runs, 'uniform', 'cut')} against uniform and {against(runs, 'random', 'cut')} against random "
@@ -118,17 +108,7 @@ def report(kept: dict[str, Any]) -> dict[str, Any]:
 
 
 def against(runs: list[dict[str, Any]], other: str, key: str) -> str:
-    gain = estimate([100 * (run["TAS"][key] - run[other][key]) for run in runs])
-    return f"{gain.mean:+.1f} points (95 % interval {gain.low:+.1f} to {gain.high:+.1f})"
-
-
-def text(values: list[float]) -> str:
-    found = estimate([100 * value for value in values])
-    return f"{found.mean:.1f} ± {(found.high - found.low) / 2:.1f}"
-
-
-def accuracy(model: nn.Module, data: ImageData) -> float:
-    return float(evaluate(copy.deepcopy(model), data.test, data.preprocessing).accuracy)
+    return gained([run["TAS"][key] for run in runs], [run[other][key] for run in runs])
 
 
 if __name__ == "__main__":

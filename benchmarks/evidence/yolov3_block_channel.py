@@ -10,26 +10,22 @@ with channels alone by L1 magnitude, without sparse training, for 10 epochs in t
 on one thread, medians of 30 runs. Settings were written before any result.
 """
 
-import argparse
-import copy
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from _figures import gained, shown
+from _work import go_on, options, share_right
 from torch import Tensor, nn
 
-from convette._files import write_json
 from convette._progress import note
-from convette._provenance import provenance
 from convette.cost import count
 from convette.data import ImageData, load_data
-from convette.pipeline.compare import estimate
 from convette.pruning import PruneSettings, prune
 from convette.pruning.yolov3_block_channel import BlockChannelSettings, YOLOv3, block_then_channel
-from convette.training import TrainSettings, evaluate, train
+from convette.training import TrainSettings, train
 
 OUT = Path(__file__).parent / "results" / "yolov3-block-channel.json"
 BUDGET = "macs<=25%"
@@ -60,19 +56,9 @@ class Backbone(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    data = load_data("digits", image_size=32, test_fraction=0.6)
-    kept: dict[str, Any] = json.loads(OUT.read_text()).get("runs", {}) if OUT.exists() else {}
-    for seed in range(options.seeds):
-        if str(seed) not in kept:
-            started = time.perf_counter()
-            kept[str(seed)] = {**one_seed(data, seed), "seconds": round(time.perf_counter() - started, 1)}
-            found = report(list(kept.values())) if len(kept) > 1 else {}
-            seconds = sum(run["seconds"] for run in kept.values())
-            write_json(OUT, {**found, "runs": kept, **provenance(seconds)})
+    seeds, data = range(options(__doc__).seeds), load_data("digits", image_size=32, test_fraction=0.6)
+    work = {str(seed): lambda seed=seed: one_seed(data, seed) for seed in seeds}
+    go_on(OUT, work, lambda kept: report(list(kept.values())) if len(kept) > 1 else {})
 
 
 def one_seed(data: ImageData, seed: int) -> dict[str, Any]:
@@ -94,7 +80,7 @@ def one_seed(data: ImageData, seed: int) -> dict[str, Any]:
     for name, model in models.items():
         cost = count(model, example)
         found[name] = {
-            "accuracy": accuracy(model, data),
+            "accuracy": share_right(model, data),
             "macs": cost.macs,
             "parameters": cost.parameters,
             "ms": milliseconds[name],
@@ -123,12 +109,10 @@ def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
             for key in ("macs", "parameters")
         )
         ms = f"{statistics.mean(run[arm]['ms'] for run in runs):.1f}"
-        rows[arm] = [text([run[arm]["accuracy"] for run in runs]), macs, parameters, ms]
+        rows[arm] = [shown([run[arm]["accuracy"] for run in runs], 100), macs, parameters, ms]
 
     def against(other: str) -> str:
-        here = "blocks and channels"
-        gain = estimate([100 * (run[here]["accuracy"] - run[other]["accuracy"]) for run in runs])
-        return f"{gain.mean:+.1f} points (95 % interval {gain.low:+.1f} to {gain.high:+.1f})"
+        return gained(*([run[arm]["accuracy"] for run in runs] for arm in ("blocks and channels", other)))
 
     blocks = ", ".join(str(len(run["blocks"])) for run in runs)
     faster = statistics.mean(run["channels by scale"]["ms"] / run["blocks and channels"]["ms"] for run in runs)
@@ -140,15 +124,6 @@ def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
     )
     columns = ["test accuracy, %", "MACs", "parameters", "ms an image, eager, on a busy machine"]
     return {"summary": summary, "columns": columns, "rows": rows}
-
-
-def text(values: list[float]) -> str:
-    found = estimate([100 * value for value in values])
-    return f"{found.mean:.1f} ± {(found.high - found.low) / 2:.1f}"
-
-
-def accuracy(model: nn.Module, data: ImageData) -> float:
-    return float(evaluate(copy.deepcopy(model), data.test, data.preprocessing).accuracy)
 
 
 if __name__ == "__main__":
