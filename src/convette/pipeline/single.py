@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from convette import data as data_room
 from convette import models, surgery
@@ -15,7 +16,7 @@ from convette.data import ImageData
 from convette.errors import ConvetteError, UsageError
 from convette.pipeline._latency import measurer
 from convette.pipeline.conversion import convert_network
-from convette.pipeline.inspect import input_of, open_model
+from convette.pipeline.inspect import input_of, is_run, open_model
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import LimitResult, PathPoint
 from convette.pipeline.stages.compress import limit_result, path_point, recovery_settings
@@ -75,18 +76,9 @@ def prune_file(recipe: Recipe, out: Path | str) -> PruneOutcome:
     start_distributed(recipe.run.device)
     if not distributed.is_main():
         set_quiet(True)
-    section, device = recipe.model, resolve_device(recipe.run.device)
+    device = resolve_device(recipe.run.device)
     data = load_recipe_data(recipe)
-    model = open_model(
-        section.name,
-        weights=section.weights,
-        pretrained=section.pretrained,
-        num_classes=data.num_classes,
-        in_channels=data.preprocessing.channels,
-        seed=recipe.run.seed,
-    )
-    if not (section.weights or section.pretrained or Path(section.name).suffix == ".safetensors"):
-        note(f"prune: {section.name} starts untrained; give --weights, --pretrained or a saved file")
+    model = open_recipe_model(recipe, data, "prune")
     convert_network(recipe, model, data.preprocessing(data.train.images([0])))
     data = put_card(model, data, keep_normalisation=recipe.data.mean is not None)
     checkpoints = out.with_name(out.name + ".checkpoint")
@@ -123,6 +115,24 @@ def check_prune(recipe: Recipe, out: Path) -> None:
 def load_recipe_data(recipe: Recipe) -> ImageData:
     """Return the data that `recipe` names."""
     return data_room.load_data(**recipe.data.model_dump())
+
+
+def open_recipe_model(recipe: Recipe, data: ImageData, job: str) -> nn.Module:
+    """Return the network that `recipe` names, for its `data`; a note says where the `job` is given one that was never
+    trained."""
+    section = recipe.model
+    model = open_model(
+        section.name,
+        weights=section.weights,
+        pretrained=section.pretrained,
+        num_classes=data.num_classes,
+        in_channels=data.preprocessing.channels,
+        seed=recipe.run.seed,
+    )
+    saved = Path(section.name).suffix == ".safetensors" or is_run(section.name)
+    if not (section.weights or section.pretrained or saved):
+        note(f"{job}: {section.name} is untrained; give --weights, --pretrained or a saved file")
+    return model
 
 
 def export_file(
