@@ -11,6 +11,7 @@ from convette.pruning.main_subsidiary import (
     SubsidiarySettings,
     gate,
     gated,
+    greedy_filters,
     learn_gates,
     main_subsidiary,
     open_units,
@@ -146,3 +147,74 @@ def test_what_cannot_be_is_refused(digits):
             SubsidiarySettings(**wrong)
     with pytest.raises(StructureError, match="no group"):
         main_subsidiary(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), digits)
+
+
+def few(seed: int = 0):
+    labels = torch.tensor([0, 1, 2, 3])
+    return lambda epoch: iter([(EXAMPLE, labels)])
+
+
+def test_open_gates_are_the_network_bit_for_bit_and_removal_is_exact_on_integers():
+    model = binary("one")
+    graph = trace(model, EXAMPLE)
+    with torch.no_grad():
+        before = model(EXAMPLE)
+        with gated(model, graph, {name: torch.ones(graph[name].size) for name in ("2", "4")}):
+            assert torch.equal(model(EXAMPLE), before)
+        kept = torch.tensor([0, 2, 3, 7, 11])
+        with gated(model, graph, {"2": torch.zeros(12).index_fill(0, kept, 1.0)}):
+            masked = model[:5](EXAMPLE)
+        pruned = copy.deepcopy(model)
+        apply(pruned, graph.shrink({"2": kept}))
+        assert torch.equal(pruned[:5](EXAMPLE), masked), "sums of plus and minus one are exact"
+
+
+def test_a_score_may_be_the_mean_of_a_tensor_of_the_weights_shape():
+    model = binary()
+    graph = trace(model, EXAMPLE)
+    start = learn_gates(model, graph, ["2"], few(), 0, 0.01, strength=1.0, identity="weights")["2"]
+    assert start.shape == (12,) and ((start - 0.05).abs() < 0.02).all()  # the mean of 72 from U(0, 0.1)
+    closed = learn_gates(model, graph, ["2"], few(), 40, 0.01, strength=1.0, task=0.0, identity="weights")["2"]
+    assert (closed <= 0).all()
+
+
+def test_norms_learn_with_the_gates_if_asked_and_nothing_else_does():
+    model = binary()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    learn_gates(model, trace(model, EXAMPLE), ["2"], few(), 2, 0.01, strength=0.1, norms=True)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"3.weight", "3.bias"}
+
+
+def test_the_greedy_rule_removes_what_is_missed_least_each_time():
+    model = binary()
+    graph, labels = trace(model, EXAMPLE), torch.tensor([0, 1, 2, 3])
+    scores = greedy_filters(model, graph, "4", [(EXAMPLE, labels)], 8)
+    assert sorted(scores.tolist()) == [0.0, 1.0, *[10.0] * 8]
+
+    def loss(gone):
+        kept = torch.ones(10).index_fill(0, torch.tensor(gone), 0.0)
+        with torch.no_grad(), gated(model, graph, {"4": kept}):
+            return float(nn.functional.cross_entropy(model(EXAMPLE), labels))
+
+    first = int(scores.argmin())
+    assert loss([first]) == min(loss([unit]) for unit in range(10))
+    second = int((scores == 1).nonzero())
+    assert loss([first, second]) == min(loss([first, unit]) for unit in range(10) if unit != first)
+
+
+@pytest.mark.parametrize("rule", ["learned", "greedy", "l1", "random"])
+def test_a_share_is_kept_by_any_rule(digits, rule):
+    settings = SubsidiarySettings(
+        share=0.5,
+        rule=rule,
+        mask_epochs=1,
+        retrain_epochs=0,
+        final_epochs=0,
+        batch_size=16 if rule == "greedy" else 256,
+    )
+    found = main_subsidiary(binary(), digits, settings)
+    assert found.kept == {"2": (12, 6), "4": (10, 5)}
+    for wrong in ({"share": 0.0}, {"rule": "l1"}):
+        with pytest.raises(UsageError, match="share"):
+            SubsidiarySettings(**wrong)

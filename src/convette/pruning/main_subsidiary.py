@@ -36,6 +36,11 @@ class SubsidiarySettings:
     - `mask_epochs`, `mask_rate`: of Adam on the scores, without weight decay. `retrain_epochs`: of the whole network
       after each layer's cut. `final_epochs`: at the end.
     - `order`: "bottom_up", or "joint" (all gates at once: kept to show the mismatch of gradients).
+    - `identity`: what a gate's score is: one number a "filter", or the mean of a tensor of the shape of its "weights",
+      as published. `norms`: scale and shift of the batch norm behind a layer learn with its gates.
+    - `share`: of each layer's filters stays, those with the largest scores; None: all whose gate is open.
+    - `rule`: "learned", or what the paper compares with, for the same `share`: "greedy" (one by one, whatever raises
+      the loss least), "l1" (of the latent weights; the same order as by the scale alpha), "random".
     - `least`: filters of a group that stay at least.
     """
 
@@ -46,6 +51,10 @@ class SubsidiarySettings:
     retrain_epochs: int = 2
     final_epochs: int = 2
     order: Literal["bottom_up", "joint"] = "bottom_up"
+    identity: Literal["filter", "weights"] = "filter"
+    norms: bool = False
+    share: float | None = None
+    rule: Literal["learned", "greedy", "l1", "random"] = "learned"
     least: int = 1
     batch_size: int = 64
     seed: int = 0
@@ -53,6 +62,10 @@ class SubsidiarySettings:
     def __post_init__(self) -> None:
         if self.strength < 0 or self.teaching < 0 or self.mask_rate <= 0:
             raise UsageError("main/subsidiary: strength and teaching must be at least 0, mask_rate above 0.")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise UsageError(f"main/subsidiary: share = {self.share} must be above 0 and at most 1, or None.")
+        if self.rule != "learned" and self.share is None:
+            raise UsageError(f"main/subsidiary: rule = {self.rule!r} needs a share: it closes no gates by itself.")
         if min(self.mask_epochs, self.least, self.batch_size) < 1 or min(self.retrain_epochs, self.final_epochs) < 0:
             raise UsageError(
                 "main/subsidiary: mask_epochs, least and batch_size must be at least 1, epochs at least 0."
@@ -122,8 +135,8 @@ def main_subsidiary(
     for turn, together in enumerate([names] if settings.order == "joint" else [[name] for name in names]):
         network.eval()
         graph = trace(network, example)
-        scores = _learned(network, graph, together, data, settings, turn)
-        selection = {name: open_units(score, settings.least) for name, score in scores.items()}
+        scores = _scores(network, graph, together, data, settings, turn)
+        selection = {name: open_units(score, settings.least, settings.share) for name, score in scores.items()}
         cut = {name: units for name, units in selection.items() if len(units) < graph[name].size}
         kept |= {name: (graph[name].size, len(units)) for name, units in selection.items()}
         if cut:
@@ -173,19 +186,27 @@ def learn_gates(
     strength: float,
     teaching: float = 0.0,
     task: float = 1.0,
+    identity: str = "filter",
+    norms: bool = False,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Return the learned scores of `groups`; the model's weights, statistics and modes are as before.
 
-    ``batches(epoch)`` yields (images, labels), ready for the network. `task` weighs the cross-entropy.
+    ``batches(epoch)`` yields (images, labels), ready for the network. `task` weighs the cross-entropy. With `norms`
+    scales and shifts of the groups' batch norms learn too, in place; `identity`: see `SubsidiarySettings`.
     """
     generator = torch.Generator().manual_seed(seed)
-    scores = {name: (0.1 * torch.rand(graph[name].size, generator=generator)).requires_grad_() for name in groups}
-    optimizer = torch.optim.Adam(list(scores.values()), learning_rate)
+    shapes = {name: _score_shape(model, graph, name, identity) for name in groups}
+    raw = {name: (0.1 * torch.rand(shape, generator=generator)).requires_grad_() for name, shape in shapes.items()}
+    affine = _norm_parameters(model, graph, groups) if norms else []
+    optimizer = torch.optim.Adam([*raw.values(), *affine], learning_rate)
     with in_eval(model), keeping_gradients(model.parameters()):
         model.requires_grad_(False)
+        for parameter in affine:
+            parameter.requires_grad_(True)
         for epoch in range(epochs):
             for images, labels in batches(epoch):
+                scores = {name: score.mean(dim=1) for name, score in raw.items()}
                 with gated(model, graph, {name: gate(score) for name, score in scores.items()}):
                     logits = model(images)
                 loss = task * functional.cross_entropy(logits, labels)
@@ -199,12 +220,26 @@ def learn_gates(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    return {name: score.detach() for name, score in scores.items()}
+    return {name: score.detach().mean(dim=1) for name, score in raw.items()}
 
 
-def open_units(scores: Tensor, least: int = 1) -> Tensor:
-    """Return the units whose gate is open, and the best of the others where fewer than `least` are."""
-    opened = int((scores > 0).sum())
+def _score_shape(model: nn.Module, graph: ChannelGraph, name: str, identity: str) -> tuple[int, int]:
+    """Return a group's units, and how many numbers the score of each is the mean of."""
+    makers = [m for m in graph[name].of("producer") if m.parameter.endswith("weight")]
+    weight = dict(model.named_parameters())[makers[0].parameter] if makers and identity == "weights" else None
+    return graph[name].size, 1 if weight is None else weight.numel() // weight.shape[0]
+
+
+def _norm_parameters(model: nn.Module, graph: ChannelGraph, groups: Sequence[str]) -> list[nn.Parameter]:
+    found = dict(model.named_parameters())
+    names = {m.parameter for name in groups for m in graph[name].of("affine") if m.parameter in found}
+    return [found[name] for name in sorted(names)]
+
+
+def open_units(scores: Tensor, least: int = 1, share: float | None = None) -> Tensor:
+    """Return the units whose gate is open (with a `share` that many of the best), and the best of the others where
+    fewer than `least` are."""
+    opened = int((scores > 0).sum()) if share is None else round(share * len(scores))
     return scores.argsort(descending=True, stable=True)[: max(opened, min(least, len(scores)))].sort().values
 
 
@@ -283,6 +318,56 @@ def _binary(module: Any, x: Tensor, factor: Tensor, channels: Tensor) -> Tensor:
     return y if module.bias is None else y + module.bias
 
 
+def greedy_filters(
+    model: nn.Module,
+    graph: ChannelGraph,
+    name: str,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    keep: int,
+) -> Tensor:
+    """Return scores of a group's units by the order in which a greedy rule removes them, down to `keep` of them.
+
+    One at a time goes the unit without which, those before it gone too, the loss on `batches` is least. What stays
+    shares the highest score. Cost: a pass over `batches` for every unit left at every removal.
+    """
+    kept = torch.ones(graph[name].size, dtype=torch.bool)
+    scores = torch.full((len(kept),), float(len(kept)))
+    with in_eval(model), torch.no_grad():
+        for turn in range(len(kept) - keep):
+            losses = {}
+            for unit in kept.nonzero().flatten().tolist():
+                kept[unit] = False
+                with gated(model, graph, {name: kept.float()}):
+                    losses[unit] = sum(
+                        float(functional.cross_entropy(model(x), y, reduction="sum")) for x, y in batches
+                    )
+                kept[unit] = True
+            gone = min(losses, key=losses.__getitem__)
+            kept[gone], scores[gone] = False, float(turn)
+    return scores
+
+
+def _scores(
+    network: nn.Module,
+    graph: ChannelGraph,
+    names: Sequence[str],
+    data: ImageData,
+    settings: SubsidiarySettings,
+    turn: int,
+) -> dict[str, Tensor]:
+    if settings.rule == "learned":
+        return _learned(network, graph, names, data, settings, turn)
+    if settings.rule in ("l1", "random"):
+        from convette.pruning.criteria import score_units
+
+        found = score_units(settings.rule, network, graph, None, seed=settings.seed + turn)
+        return {name: found[name] for name in names}
+    batch = next(data.train.batches(4 * settings.batch_size, shuffle=True, seed=settings.seed))
+    batches = [(data.preprocessing(batch.images), batch.labels)]
+    share = settings.share or 1.0
+    return {n: greedy_filters(network, graph, n, batches, max(1, round(share * graph[n].size))) for n in names}
+
+
 def _learned(
     network: nn.Module,
     graph: ChannelGraph,
@@ -304,6 +389,8 @@ def _learned(
         settings.mask_rate,
         strength=settings.strength,
         teaching=settings.teaching,
+        identity=settings.identity,
+        norms=settings.norms,
         seed=settings.seed + turn,
     )
 
