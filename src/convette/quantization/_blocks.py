@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convette.layers._watching import hooked
-from convette.surgery._converting import _block
+from convette.surgery._converting import enclosing_block
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def blocks_of(model: nn.Module, layers: Sequence[str], example: Tensor) -> list[
     What runs more than once, or takes or gives more than one tensor, is split into its layers, and a layer of that kind
     is left out: it then learns in the joint stage only.
     """
-    wanted = {name: _block(model, name) or name for name in layers}
+    wanted = {name: enclosing_block(model, name) or name for name in layers}
     names = list(dict.fromkeys([*wanted.values(), *layers]))
     calls: dict[str, int] = dict.fromkeys(names, 0)
     simple: dict[str, bool] = dict.fromkeys(names, True)

@@ -40,12 +40,9 @@ class Absorb:
         except ConvetteError as error:
             raise StructureError(f"{self.layer!r} cannot take in {self.norm!r}: {error}") from error
         change = Change()
-        try:
+        with change.all_or_nothing():
             place(model, self.layer, new.train(layer.training), change)
             place(model, self.norm, nn.Identity().train(norm.training), change)
-        except BaseException:
-            change.revert()
-            raise
         return change
 
     def to_json(self) -> dict[str, Any]:

@@ -34,11 +34,8 @@ class Append:
         new = like_its_place(construct(self.constructor, self.arguments, self.seed, self.module), old, model)
         change = Change()
         if type(old) is not nn.Sequential or not self.module:
-            try:
+            with change.all_or_nothing():
                 place(model, self.module, nn.Sequential(old, new).train(old.training), change)
-            except BaseException:
-                change.revert()
-                raise
             return change
         near, key = nearest(model, self.module), str(len(old))
         old._modules[key] = new

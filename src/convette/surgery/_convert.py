@@ -44,11 +44,8 @@ class Convert:
         if not isinstance(rest, nn.Identity) and not hasattr(new, "act"):
             new = nn.Sequential(new, *(rest if isinstance(rest, nn.Sequential) else [rest])).train(old.training)
         change = Change()
-        try:
+        with change.all_or_nothing():
             place(model, self.module, new, change)
-        except BaseException:
-            change.revert()
-            raise
         return change
 
     def to_json(self) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from convette.surgery._convert import Convert
 from convette.surgery._edits import Edit
 from convette.surgery._guessing import guessed_image
 from convette.surgery._placing import is_block
-from convette.surgery._trace import evaluating, outputs_of
+from convette.surgery._trace import evaluating
+from convette.surgery._trial import output_shapes, with_edits
 
 WHERE = ("all", "stem", "head", "first in block", "last in block", "first in stage", "last in stage")
 # What layers call the number of their channels, and the other names one layer has for the same thing as another.
@@ -133,25 +134,8 @@ def _class_called(name: str) -> type[nn.Module]:
 
 def _tried(model: nn.Module, edits: Sequence[Edit], example: Any) -> None:
     """Run the converted network once and take it back; raise `StructureError` where its outputs have another shape."""
-    changes = []
-
-    def shapes() -> list[Any]:
-        with evaluating(model):
-            return [tensor.shape for tensor in outputs_of(call(model, example), [])]
-
-    before = shapes()
-    try:
-        for edit in edits:
-            changes.append(edit.apply(model))
-        after = shapes()
-    except StructureError:
-        raise
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise StructureError(f"the converted network does not run: {reason}") from error
-    finally:
-        for change in reversed(changes):
-            change.revert()
+    before = output_shapes(model, example)
+    after = with_edits(model, edits, lambda: output_shapes(model, example), "the converted network does not run")
     if before != after:
         raise StructureError(f"the converted network's outputs are {after}, not {before}.")
 
@@ -183,8 +167,8 @@ def chosen_places(model: nn.Module, names: list[str], where: str) -> list[str]:
     if where.endswith("stage"):
         within = [[name for name in names if stage.holds(name)] for stage in stages(model)]
         return [group[0 if where.startswith("first") else -1] for group in within if group]
-    block_of = {name: _block(model, name) for name in names}
-    inside = [name for name, _ in model.named_modules() if _block(model, name)]
+    block_of = {name: enclosing_block(model, name) for name in names}
+    inside = [name for name, _ in model.named_modules() if enclosing_block(model, name)]
     order = {name: k for k, (name, _) in enumerate(model.named_modules())}
     if where in ("stem", "head"):
         first = order[inside[0]] if inside else len(order)
@@ -196,7 +180,7 @@ def chosen_places(model: nn.Module, names: list[str], where: str) -> list[str]:
     return [group[0 if where.startswith("first") else -1] for group in held.values()]
 
 
-def _block(model: nn.Module, name: str) -> str:
+def enclosing_block(model: nn.Module, name: str) -> str:
     """Return the innermost block around a module, "" where there is none."""
     path = name.rpartition(".")[0]
     while path and not is_block(model, path):

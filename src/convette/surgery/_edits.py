@@ -1,7 +1,8 @@
 """Edits: what was done to a network's structure, as plain data that can be written, read and done again."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -45,6 +46,15 @@ class Change:
         """Take the edit back: the same tensors and attributes as before."""
         while self.undo:
             self.undo.pop()()
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Take back what is noted here where something is raised within."""
+        try:
+            yield
+        except BaseException:
+            self.revert()
+            raise
 
 
 @runtime_checkable
@@ -116,7 +126,7 @@ class Shrink:
         from convette.surgery._rewrites import free_heads, rewrite_calls
 
         change = Change()
-        try:
+        with change.all_or_nothing():
             walk = cut(model, self.kept, change, values=values, walk=walk)
             set_attributes(model, self.attributes, change, walk.module)
             free_heads(model, self.free_heads, change)
@@ -125,9 +135,6 @@ class Shrink:
             change.undo[:0] = [lambda: forget_caches(walk.modules), lambda: gather_weights(sized)]
             forget_caches(walk.modules)
             gather_weights(sized)
-        except BaseException:
-            change.revert()
-            raise
         return change
 
     def to_json(self) -> dict[str, Any]:

@@ -67,11 +67,8 @@ class FoldLayer:
             if description(self.module, new) != (self.constructor, dict(self.arguments)):
                 raise StructureError(f"cannot fold {self.module!r}: it is a {type(new).__name__} here, not as logged.")
             new.train(old.training)
-        try:
+        with change.all_or_nothing():
             place(model, self.module, new, change)
-        except BaseException:
-            change.revert()
-            raise
         return change
 
     def to_json(self) -> dict[str, Any]:

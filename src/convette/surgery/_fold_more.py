@@ -80,11 +80,8 @@ class _Folding(abc.ABC):
     def apply(self, model: nn.Module) -> Change:
         """Carry out the fold; raises `StructureError`, with the model unchanged, where the layers do not fit."""
         change = Change()
-        try:
+        with change.all_or_nothing():
             self._apply(model, change)
-        except BaseException:
-            change.revert()
-            raise
         return change
 
     @abc.abstractmethod

@@ -115,14 +115,11 @@ class Grow:
         Raises `StructureError`, with the model unchanged, where the edit does not fit the model.
         """
         change = Change()
-        try:
+        with change.all_or_nothing():
             _widen(model, self, change)
             set_attributes(model, self.attributes, change)
             free_heads(model, self.free_heads, change)
             rewrite_calls(model, self.rewrites, change)
-        except BaseException:
-            change.revert()
-            raise
         return change
 
     def to_json(self) -> dict[str, Any]:
@@ -343,7 +340,7 @@ class Scale:
         """Put scaled copies in place of the parameters; raises `StructureError` where an entry is not there."""
         change = Change()
         places = holders(model)
-        try:
+        with change.all_or_nothing():
             for (name, dim), pairs in self.factors.items():
                 old = find_tensor(model, name)
                 if not 0 <= dim < old.ndim or any(not 0 <= entry < old.shape[dim] for entry, _ in pairs):
@@ -361,9 +358,6 @@ class Scale:
                 held = places.pop(id(old))
                 places[id(new)] = held
                 replace_tensor(held, old, new, change)
-        except BaseException:
-            change.revert()
-            raise
         return change
 
     def to_json(self) -> dict[str, Any]:

@@ -74,11 +74,8 @@ class Insert:
             raise StructureError(f"{self.module!r} has {width} channels; the edit inserts a layer of {self.channels}.")
         new = [like_its_place(layer, old, model) for layer in self._layers()]
         change = Change()
-        try:
+        with change.all_or_nothing():
             place(model, self.module, nn.Sequential(old, *new).train(old.training), change)
-        except BaseException:
-            change.revert()
-            raise
         return change
 
     def _layers(self) -> list[nn.Module]:

@@ -9,7 +9,8 @@ from convette.errors import FileFormatError, StructureError
 from convette.layers._watching import call, hooked
 from convette.surgery._edits import Change, find_module
 from convette.surgery._placing import is_block, place
-from convette.surgery._trace import evaluating, outputs_of
+from convette.surgery._trace import evaluating
+from convette.surgery._trial import output_shapes, with_edits
 
 
 class NoFeatures(nn.Module):
@@ -38,12 +39,9 @@ class Remove:
         """Take the module out; raises `StructureError`, with the model unchanged, where there is none."""
         old = find_module(model, self.module)
         change = Change()
-        try:
+        with change.all_or_nothing():
             new = NoFeatures() if self.gives == "nothing" else nn.Identity()
             place(model, self.module, new.train(old.training), change)
-        except BaseException:
-            change.revert()
-            raise
         return change
 
     def to_json(self) -> dict[str, Any]:
@@ -72,15 +70,9 @@ def remove(model: nn.Module, module: str, example: Any) -> Remove:
     if refusal:
         raise StructureError(f"{module!r} cannot be left out: it {refusal}.")
     edit = Remove(module)
-    before = _shapes(model, example)
-    change = edit.apply(model)
-    try:
-        after = _shapes(model, example)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise StructureError(f"the network does not run without {module!r}: {reason}") from error
-    finally:
-        change.revert()
+    before = output_shapes(model, example)
+    failure = f"the network does not run without {module!r}"
+    after = with_edits(model, [edit], lambda: output_shapes(model, example), failure)
     if before != after:
         raise StructureError(f"without {module!r} the outputs are {after}, not {before}.")
     return edit
@@ -122,8 +114,3 @@ def _calls(model: nn.Module, example: Any) -> dict[str, str]:
     with hooked(handles), evaluating(model):
         call(model, example)
     return result
-
-
-def _shapes(model: nn.Module, example: Any) -> list[tuple[int, ...]]:
-    with evaluating(model):
-        return [tuple(tensor.shape) for tensor in outputs_of(call(model, example), [])]

@@ -13,8 +13,9 @@ from convette.surgery._edits import Shrink
 from convette.surgery._graph import ChannelGraph
 from convette.surgery._groups import Group
 from convette.surgery._placing import is_block
-from convette.surgery._remove import Remove, _shapes
+from convette.surgery._remove import Remove
 from convette.surgery._trace import evaluating
+from convette.surgery._trial import output_shapes, with_edits
 from convette.surgery._walk import Walk
 
 
@@ -39,19 +40,9 @@ def remove_features(model: nn.Module, module: str, graph: ChannelGraph) -> tuple
     lengths = {slot: len(indices) for slot, indices in kept.items()}
     attributes, _ = HeldSizes(Walk(model), kept).after(lengths, {})
     edits = Remove(module, gives="nothing"), Shrink(kept, attributes)
-    before, changes = _shapes(model, graph.example), []
-    try:
-        for edit in edits:
-            changes.append(edit.apply(model))
-        after = _shapes(model, graph.example)
-    except StructureError:
-        raise
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise StructureError(f"the network does not run without the features of {module!r}: {reason}") from error
-    finally:
-        for change in reversed(changes):
-            change.revert()
+    before = output_shapes(model, graph.example)
+    failure = f"the network does not run without the features of {module!r}"
+    after = with_edits(model, edits, lambda: output_shapes(model, graph.example), failure)
     if before != after:
         raise StructureError(f"without the features of {module!r} the outputs are {after}, not {before}.")
     return edits
