@@ -1,6 +1,5 @@
 """The two ends: a server on loopback that runs tails, and a client that runs heads and answers alone when it must."""
 
-import contextlib
 import socket
 import struct
 import threading
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from convette.errors import ConvetteError, UsageError
+from convette.runtime.edge_split._listening import Listening, shut
 from convette.runtime.edge_split.codec import MOST_BYTES, decode, encode
 
 Run = Callable[[Tensor], Tensor]
@@ -34,7 +34,7 @@ class Answer:
     reason: str = ""
 
 
-class EdgeServer:
+class EdgeServer(Listening):
     """Runs `run` on the tensors that come in, on 127.0.0.1 and a free port: ``with EdgeServer(tail) as server: ...``.
 
     Messages are lengths and checked headers (`decode`); a malformed one ends its connection and nothing else. A client
@@ -42,39 +42,22 @@ class EdgeServer:
     """
 
     def __init__(self, run: Run, *, bits: int = 32, timeout: float | int = 30.0) -> None:
+        super().__init__()
         self.run, self.bits, self.timeout = run, bits, float(timeout)
         self.failures: list[str] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
         self._clients: set[socket.socket] = set()
-        self._thread = threading.Thread(target=self._accept, daemon=True)
 
-    @property
-    def address(self) -> tuple[str, int]:
-        """Where it listens."""
-        host, port = self._listener.getsockname()[:2]
-        return str(host), int(port)
+    def _connected(self, client: socket.socket) -> None:
+        """Answer a client in a thread of its own."""
+        client.settimeout(self.timeout)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._clients.add(client)
+        threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
-    def __enter__(self) -> "EdgeServer":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for end in (self._listener, *list(self._clients)):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-        self._thread.join(5)
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            client.settimeout(self.timeout)
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._clients.add(client)
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+    def _hang_up(self) -> None:
+        """End all connections."""
+        for end in list(self._clients):
+            shut(end)
 
     def _serve(self, client: socket.socket) -> None:
         # Closed last: whoever sees the connection end finds the reason noted.
