@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from tests.pruning.conftest import Deep
@@ -18,6 +20,8 @@ from convette.pruning.n2n import (
     student_reward,
 )
 from convette.pruning.n2n.policies import LayerFacts
+from convette.pruning.n2n.search import _Search
+from convette.surgery import trace
 from convette.training import TrainSettings
 
 QUICK = TrainSettings(batch_size=256, learning_rate=0.05, augmentation=(), precision="fp32")
@@ -38,6 +42,10 @@ def test_rewards_are_the_papers():
     assert constrained_reward(0.8, False, 0) == pytest.approx(0.8)
     assert constrained_reward(0.8, False, 15) == -1 and constrained_reward(0.8, False, 99) == -1
     assert -1 < constrained_reward(0.8, False, 5) < constrained_reward(0.8, False, 2)
+    assert compression_reward(10, 100) == pytest.approx(0.99) == student_reward(0.9, 0.9, 10, 100)
+    values = [compression_reward(100 - saved, 100) for saved in range(101)]
+    gains = [b - a for a, b in itertools.pairwise(values)]
+    assert min(gains) > 0 and gains == sorted(gains, reverse=True), "increasing, and concave"
     with pytest.raises(UsageError):
         compression_reward(1, 0)
 
@@ -106,6 +114,45 @@ def test_students_learn_a_budget_holds_and_policies_go_on(teacher, digits):
     choices = N2NSettings(removal_epochs=0, shrink_epochs=4, rollouts=3, student_epochs=0, least=2)
     tight = n2n(teacher, digits, choices, budget="params<=40%", shrink=found.shrink, device="cpu")
     assert count(tight.model, example).parameters <= 0.4 * count(teacher, example).parameters
+
+
+def test_a_student_that_keeps_all_is_its_teacher_and_worth_nothing(teacher, digits):
+    search = _Search(teacher, digits, N2NSettings(student_epochs=0), None, QUICK, "cpu")
+    same = search._judge(((), ()))
+    assert same.reward == -1 and same.cost == search.start.parameters and not search.top
+    x = digits.preprocessing(digits.train.images([0, 1]))
+    assert torch.equal(search._build((), ())(x), teacher(x))
+
+
+def test_widths_end_at_ten_or_at_what_there_was(teacher, digits):
+    search = _Search(teacher, digits, N2NSettings(student_epochs=0), None, QUICK, "cpu")
+    example = digits.preprocessing(digits.train.images([0]))
+    graph = trace(teacher, example)
+    child = search._build((), tuple((group.name, 0.1) for group in graph))
+    for before, after in zip(graph, trace(child, example), strict=True):
+        assert after.size == min(10, before.size)
+    assert child(example).shape == (1, 10)
+
+
+def test_finalists_are_trained_on_by_the_loss_that_was_asked_for(teacher, digits):
+    choices = N2NSettings(
+        removal_epochs=0,
+        shrink_epochs=1,
+        rollouts=3,
+        student_epochs=0,
+        least=2,
+        finalists=2,
+        final_epochs=1,
+        loss="mse",
+    )
+    found = n2n(teacher, digits, choices, train_settings=QUICK, device="cpu")
+    tried = {student.factors: student for student in found.students}
+    assert found.best.factors in tried and found.best != tried[found.best.factors], "it was judged anew"
+    example = digits.preprocessing(digits.train.images([0]))
+    assert count(found.model, example).parameters == found.best.cost
+    for wrong in ({"finalists": 0}, {"final_epochs": 0}, {"label_weight": 2.0}):
+        with pytest.raises(UsageError, match="n2n"):
+            N2NSettings(**wrong)
 
 
 def test_what_cannot_be_is_refused(teacher, digits):

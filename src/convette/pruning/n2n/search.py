@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from convette._progress import progress
 from convette.cost import Budget, count
@@ -33,6 +34,10 @@ class N2NSettings:
     - `removal_epochs`, `shrink_epochs`: updates of each policy (0 leaves the stage out), of `rollouts` students each.
     - `student_epochs`: of distillation, before a student is judged; `inherit`: it starts with its teacher's weights,
       cut (else afresh, as published: ranks then say what trains well in so short a time).
+    - `loss`: students learn from their teacher by "kl" (divergence at temperature 4) or, as published, by "mse" of the
+      logits; `label_weight`: the share of the labels' cross-entropy in it.
+    - `finalists`: so many of the best students are trained for `final_epochs` more and judged again: what trains best
+      in a short time need not end best. With 1, the best student is returned as the search trained it.
     - `metric`: the cost that is compressed ("macs", "parameters", "size"). `removal_rate`, `shrink_rate`: of learning.
     - `criterion`: which units stay in a shrunk group. `factors`: what a group may be multiplied by.
     - `least`: channels of a group that stay at least (or all, of a smaller one).
@@ -43,6 +48,10 @@ class N2NSettings:
     rollouts: int = 4
     student_epochs: int = 1
     inherit: bool = True
+    loss: Literal["kl", "mse"] = "kl"
+    label_weight: float = 0.1
+    finalists: int = 1
+    final_epochs: int = 3
     metric: Literal["macs", "parameters", "size"] = "parameters"
     removal_rate: float = 0.003
     shrink_rate: float = 0.01
@@ -54,6 +63,10 @@ class N2NSettings:
     def __post_init__(self) -> None:
         if self.rollouts < 1 or min(self.removal_epochs, self.shrink_epochs, self.student_epochs) < 0:
             raise UsageError("n2n: rollouts must be at least 1, epochs at least 0.")
+        if self.finalists < 1 or self.final_epochs < 1 or not 0 <= self.label_weight <= 1:
+            raise UsageError("n2n: finalists and final_epochs must be at least 1, label_weight a share.")
+        if self.loss not in ("kl", "mse"):
+            raise UsageError(f"n2n: loss = {self.loss!r} is none of 'kl', 'mse'.")
         if not (self.removal_epochs or self.shrink_epochs):
             raise UsageError("n2n: both stages have 0 epochs; there is nothing to search.")
 
@@ -115,6 +128,15 @@ def n2n(
     return search.result()
 
 
+class LogitMatching(Distillation):
+    """Learn from a teacher by the mean squared error of the logits, as N2N's students do."""
+
+    def _add_losses(self, trainer: Any) -> None:
+        losses, logits = trainer.state.losses, self._teach(trainer, trainer.state.images)
+        losses.weights["task"] = 1.0 - self.weight
+        losses.add(self.name, functional.mse_loss(trainer.state.outputs.float(), logits.float()), self.weight)
+
+
 class _Search:
     def __init__(
         self,
@@ -142,7 +164,7 @@ class _Search:
         self.seen: dict[tuple[Any, Any], Student] = {}
         self.order: list[Student] = []
         self.rewards: list[float] = []
-        self.best: tuple[Student, nn.Module] | None = None
+        self.top: list[tuple[Student, nn.Module]] = []  # the best reward first
         self.smallest = float(self.start.get(settings.metric))
         self.bases: dict[tuple[str, ...], tuple[nn.Module, ChannelGraph, list[Ladder]]] = {}
 
@@ -156,20 +178,19 @@ class _Search:
         gone: tuple[str, ...] = ()
         if blocks and choices.removal_epochs:
             self._removing(blocks)
-            gone = self.best[0].blocks if self.best is not None else ()
+            gone = self.top[0][0].blocks if self.top else ()
         if choices.shrink_epochs:
             self._shrinking(gone)
-        if self.best is None and self.budget is not None:
+        if not self.top and self.budget is not None:
             raise BudgetError(
                 f"n2n: none of {len(self.order)} students met the budget '{self.budget}'; the smallest has"
                 f" {self.smallest:,.0f} {choices.metric}. Raise shrink_epochs or the budget, or lower least."
             )
-        if self.best is None:
+        if not self.top:
             raise StructureError("n2n: no student was smaller than its teacher; allow smaller factors, or more epochs.")
 
     def result(self) -> N2NResult:
-        assert self.best is not None
-        student, model = self.best
+        student, model = self.top[0] if self.settings.finalists == 1 else self._final()
         return N2NResult(
             model.eval(),
             student,
@@ -237,8 +258,10 @@ class _Search:
                 blocks, factors, accuracy, cost, student_reward(accuracy, self.teacher_accuracy, cost, before)
             )
             allowed = self.budget is None or self._within(student, model)
-            if allowed and (self.best is None or student.reward > self.best[0].reward):
-                self.best = (student, model)
+            if allowed:
+                # Of equal rewards the first one stays ahead.
+                ranked = sorted([*self.top, (student, model)], key=lambda entry: -entry[0].reward)
+                self.top = ranked[: self.settings.finalists]
         self.seen[plan] = student
         self.order.append(student)
         return student
@@ -280,10 +303,25 @@ class _Search:
             # A cut moves what batch norms see: without this a student is judged by statistics that are not its own.
             recalibrate(model, self.data, batches=4, seed=self.settings.seed)
         if self.settings.student_epochs:
-            chosen = replace(self.train_settings, epochs=self.settings.student_epochs)
-            teacher = Distillation(copy.deepcopy(self.teacher))
-            train(model, self.data, chosen, methods=(teacher,), device=self.device, title="n2n student")
+            model = self._trained(model, self.settings.student_epochs)
         return self._accuracy(model)
+
+    def _trained(self, model: nn.Module, epochs: int) -> nn.Module:
+        """Train `model` in place, taught by the teacher; returns it."""
+        kind = LogitMatching if self.settings.loss == "mse" else Distillation
+        teacher = kind(copy.deepcopy(self.teacher), weight=1 - self.settings.label_weight)
+        chosen = replace(self.train_settings, epochs=epochs)
+        return train(model, self.data, chosen, methods=(teacher,), device=self.device, title="n2n student").model
+
+    def _final(self) -> tuple[Student, nn.Module]:
+        """Train the finalists on and return the one that is worth most then, with its new accuracy and reward."""
+        before, judged = float(self.start.get(self.settings.metric)), []
+        for student, model in self.top:
+            model = self._trained(model, self.settings.final_epochs)
+            accuracy = self._accuracy(model)
+            reward = student_reward(accuracy, self.teacher_accuracy, student.cost, before)
+            judged.append((replace(student, accuracy=accuracy, reward=reward), model))
+        return max(judged, key=lambda entry: entry[0].reward)
 
     def _within(self, student: Student, model: nn.Module | None = None) -> bool:
         if self.budget is None:
