@@ -21,7 +21,17 @@ def test_cost_under_contention_compares_networks(capsys, monkeypatch):
     from convette.pipeline import latency_study
 
     monkeypatch.setattr(latency_study, "study_of", functools.partial(latency_study.study_of, samples=20))
-    words = ["cost", "resnet20", "--against", "simplenet_cifar_310k", "--contention", "0,1", "--json"]
+    words = [
+        "cost",
+        "resnet20",
+        "--channels",
+        "1",
+        "--against",
+        "simplenet_cifar_310k",
+        "--contention",
+        "0,1",
+        "--json",
+    ]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["conditions"]) == {"idle", "1 x alu 100 %"}

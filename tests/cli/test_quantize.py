@@ -8,6 +8,9 @@ from typer.testing import CliRunner
 
 from convette import create_model, load, save
 from convette.cli.main import app, main
+from convette.errors import UsageError
+from convette.pipeline.inspect import check_network
+from convette.quantization import LowBitSettings, low_bit
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,47 @@ def test_every_observer_makes_another_int8_file(network, tmp_path):
         assert observer in told["text"] and told["bytes"] == out.stat().st_size
         files[observer] = out.read_bytes()
     assert len(set(files.values())) == 3
+
+
+def refused(capsys, *words):
+    code = main(["quantize", *map(str, words), "--data", "digits"])
+    told = capsys.readouterr()
+    assert len(told.err.splitlines()) == 1 and not told.out
+    return code, told.err
+
+
+def test_networks_that_cannot_be_quantised_are_named_and_files_stay(network, tmp_path, capsys):
+    before, out = network.read_bytes(), tmp_path / "out.safetensors"
+    assert "would be lost" in refused(capsys, network, "--out", network)[1] and network.read_bytes() == before
+    assert "file for an engine" in refused(capsys, "model.onnx", "--out", out)[1]
+    broken = load(network)
+    with torch.no_grad():
+        broken.conv1.weight[0, 0, 0, 0] = float("nan")
+    save(broken, tmp_path / "broken.safetensors")
+    code, told = refused(capsys, tmp_path / "broken.safetensors", "--out", out)
+    assert code == 1 and "'conv1.weight' holds values that are not finite" in told
+    few = low_bit(load(network), torch.randn(8, 1, 8, 8), LowBitSettings(block_steps=0, joint_steps=0))
+    save(few.model, tmp_path / "few.safetensors")
+    capsys.readouterr()
+    assert "in few bits already" in refused(capsys, tmp_path / "few.safetensors", "--out", out)[1]
+    assert not out.exists()
+
+
+def test_a_network_too_large_for_the_images_says_so(capsys):
+    example = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(UsageError, match=r"net does not run on images of 1x2x2: .*data\.image_size"):
+        check_network(torch.nn.Conv2d(1, 1, 3), "net", example)
+
+
+def test_a_run_folder_is_a_trained_network(network, tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "train").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (run / "train" / "model.safetensors").write_bytes(network.read_bytes())
+    words = ["--out", str(tmp_path / "x.safetensors"), "--set", "quantize.block_steps=0", "--images", "40"]
+    assert main(["quantize", str(run), *words, "--set", "quantize.joint_steps=0", "--bits", "5"]) == 0
+    told = capsys.readouterr()
+    assert "untrained" not in told.err and "layers in 5 bits, 2 layers in 8 bits, weights" in told.out
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Edge split: published sizes, exact cuts, a checked wire, distillation that touches nothing else, links that break."""
 
+import copy
 import socket
 import struct
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from convette.errors import DataError, StructureError, UsageError
+from convette.errors import DataError, StructureError, TrainingError, UsageError
 from convette.models import create_model
 from convette.runtime.edge_split import (
     Bottleneck,
@@ -29,6 +30,7 @@ from convette.runtime.edge_split import (
     pick_threshold,
     quantize,
 )
+from convette.runtime.edge_split.bottleneck import _rounded
 
 
 def count(module):
@@ -118,9 +120,34 @@ def test_distillation_trains_the_bottleneck_and_nothing_else(teacher, student, i
 
 
 def test_only_a_stage_that_keeps_the_size_can_be_replaced(teacher, images):
-    for name, word in (("layer2", "equal size"), ("linear", "equal size"), ("layer9", "no module"), ("", "no module")):
-        with pytest.raises(StructureError, match=word):
+    for name, word in (("layer2", "equal size"), ("linear", "equal size"), ("layer9", "not there"), ("", "not there")):
+        with pytest.raises(StructureError, match=word) as caught:
             inject(teacher, name, images)
+        assert "layer1" in str(caught.value).partition("Those that can: ")[2]
+
+
+def test_a_feature_that_is_not_there_and_weights_that_are_broken_are_told(teacher, student, images):
+    with pytest.raises(StructureError, match="Did you mean 'layer2'"):
+        distil_head(student, teacher, lambda epoch: [images], "layer1", features=["layr2"])
+    broken = copy.deepcopy(student)
+    with torch.no_grad():
+        broken.layer1.encoder[0].weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="bottleneck layer1 is not finite"):
+        distil_head(broken, teacher, lambda epoch: [images], "layer1", epochs=1)
+
+
+def test_rounding_what_crosses_while_training_is_the_wire_s_rounding(teacher, student, images):
+    """With many bits nothing changes; with few the bottleneck learns from what was rounded."""
+    found = {}
+    for bits in (None, 24, 2):
+        other = copy.deepcopy(student)
+        distil_head(other, teacher, lambda epoch: [images], "layer1", epochs=1, bits=bits)
+        found[bits] = other.layer1.encoder[0].weight
+        assert not other.layer1.encoder._forward_hooks
+    assert torch.allclose(found[None], found[24], atol=1e-4) and not torch.allclose(found[None], found[2], atol=1e-4)
+    z = torch.randn(2, 3, 4, 4)
+    sent = decode(encode(z.numpy()))
+    assert np.allclose(_rounded(z, 8).numpy(), sent, atol=1e-5)
 
 
 def test_the_threshold_keeps_the_recall():

@@ -49,18 +49,28 @@ def cost(
     debug: o.Debug = False,
 ) -> int:
     """Count what a network costs, layer by layer and in total, and measure its latency here."""
-    from convette.pipeline.inspect import cost_of, cost_report, file_bytes, open_model, required_name, shipped_files
+    from convette.pipeline.inspect import (
+        cost_of,
+        cost_report,
+        file_bytes,
+        input_of,
+        open_model,
+        required_name,
+        shipped_files,
+    )
     from convette.pipeline.latency_study import conditions_of, cuts_of, engine_report, study_of, survey_of
 
-    def opened(which: str) -> Any:
-        return open_model(which, weights=weights, pretrained=pretrained, num_classes=classes, in_channels=channels)
+    def opened(which: str, taking: int | None) -> Any:
+        return open_model(which, weights=weights, pretrained=pretrained, num_classes=classes, in_channels=taking)
 
     with results(json) as show:
         name = required_name(name, model)
-        network = opened(name)
+        network = opened(name, channels)
         levels = conditions_of(contention)
         if len(levels) > 1 or against:
-            networks = {name: network, **{other: opened(other) for other in against or []}}
+            # What is compared gets the input of the first.
+            taking = channels or input_of(network).channels
+            networks = {name: network, **{other: opened(other, taking) for other in against or []}}
             report, text = study_of(networks, levels, tuple(engine or ()), batch_size=batch_size, image_size=image_size)
             show(report, text)
             return 0

@@ -21,7 +21,7 @@ def split(
     ] = None,
     bottleneck: Annotated[int, typer.Option("--bottleneck", min=1, help="Channels that cross.")] = 3,
     width: Annotated[int, typer.Option("--width", min=1, help="Width of its encoder and decoder.")] = 16,
-    epochs: Annotated[int, typer.Option("--epochs", min=0, help="Passes over the training images.")] = 4,
+    epochs: Annotated[int, typer.Option("--epochs", min=0, help="Passes over the training images.")] = 8,
     rate: Annotated[float, typer.Option("--rate", help="Bytes a second of the loopback link.")] = 1e5,
     latency: Annotated[float, typer.Option("--latency", help="Seconds each way of the link.")] = 0.005,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for head.onnx and tail.onnx.")] = None,

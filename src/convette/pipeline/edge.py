@@ -1,5 +1,6 @@
 """A network split between a device and a server: a bottleneck trained on its images, and answers over a link."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from convette import data as data_room
-from convette._progress import note
+from convette._progress import note, progress
 from convette.cost import count
 from convette.data import ImageData, Preprocessing
 from convette.errors import UsageError
-from convette.pipeline.inspect import input_of
+from convette.pipeline.inspect import check_network, input_of
 from convette.runtime import export
 from convette.runtime.edge_split import EdgeClient, EdgeServer, ShapedLink, cut, decode, distil_head, encode, inject
+from convette.runtime.edge_split.bottleneck import check_features
 
-TIMED_IMAGES = 20
+TIMED_IMAGES, MOST_SECONDS = 20, 20.0  # images timed each way; fewer where the link would take longer
+BATCH = 16
+LENGTH_BYTES = 4  # what a message's length takes on the wire
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class SplitOutcome:
             f"{100 * self.accuracy_before:.2f} % whole.",
             f"An image sends {self.bytes_sent:,} bytes, raw {self.bytes_image:,}; the device computes "
             f"{self.head_macs:,} of {self.whole_macs:,} MACs.",
-            f"An answer takes: {times}; {self.fallbacks} answered alone because the link failed.",
+            f"An answer takes: {times}"
+            + (f"; {self.fallbacks} answered alone: the link failed." if self.fallbacks else "."),
         ]
         return "\n".join([*lines, *self.files])
 
@@ -63,7 +68,7 @@ def split_network(
     features: Sequence[str] = (),
     channels: int = 3,
     width: int = 16,
-    epochs: int = 4,
+    epochs: int = 8,
     rate: float = 1e5,
     latency: float = 0.005,
     out: Path | None = None,
@@ -80,28 +85,29 @@ def split_network(
 
     Raises `StructureError` where no bottleneck fits at `at`, `UsageError` for values that cannot be.
     """
-    if epochs < 0:
-        raise UsageError(f"split: epochs = {epochs} cannot be.")
+    if epochs < 0 or not rate > 0 or latency < 0:
+        raise UsageError(
+            f"split: epochs = {epochs}, rate = {rate:g}, latency = {latency:g}: 0 or more, above 0, 0 or more can be."
+        )
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"split: {out} is a file; --out names a folder.")
     shape = input_of(model)
     data = data_room.load_data(source, image_size=shape.height, channels=shape.channels)  # type: ignore[arg-type]
     example = shape(data.train.images([0, 1]))
+    check_network(model, "the network", example, data.num_classes)
+    check_features(model, features)
     torch.manual_seed(seed)
     student = inject(model, at, example, channels, width)
 
-    def batches(epoch: int) -> Iterator[Tensor]:
-        for batch in data.train.batches(64, shuffle=True, seed=seed, epoch=epoch):
-            yield shape(batch.images)
-
-    losses = distil_head(student, model, batches, at, features=features, epochs=epochs)
-    note(
-        f"split: the bottleneck's error went from {losses[0]:.3g} to {losses[-1]:.3g}" if losses else "split: untrained"
-    )
+    _distil(student, model, data, shape, at, features=features, epochs=epochs, seed=seed)
     parts = cut(student, example, f"{at}.encoder")
 
     def sent(images: Tensor) -> Tensor:
         return parts.tail(torch.from_numpy(decode(encode(parts.head(images).numpy()))))
 
-    seconds, sizes, fallbacks = _timed(model, parts, data, shape, rate, latency)
+    seconds, sizes, failures = _timed(model, parts, data, shape, rate, latency)
+    if failures:
+        note(f"split: the link failed: {failures[0]}")
     files = []
     if out is not None:
         crossing = parts.head(example[:1])
@@ -109,52 +115,87 @@ def split_network(
             files.append(str(export(part, images, out / f"{name}.onnx")))
     return SplitOutcome(
         at=at,
-        accuracy_before=_accuracy(model, data, shape),
-        accuracy_after=_accuracy(sent, data, shape),
+        accuracy_before=_accuracy(model, data, shape, "split: accuracy whole"),
+        accuracy_after=_accuracy(sent, data, shape, "split: accuracy split"),
         head_macs=count(parts.head, example[:1]).macs,
         whole_macs=count(model, example[:1]).macs,
         bytes_image=sizes["remote"],
         bytes_sent=sizes["split"],
         seconds=seconds,
-        fallbacks=fallbacks,
+        fallbacks=len(failures),
         files=tuple(files),
     )
 
 
+def _distil(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: ImageData,
+    shape: Preprocessing,
+    at: str,
+    *,
+    features: Sequence[str],
+    epochs: int,
+    seed: int,
+) -> None:
+    """Train the bottleneck on the training images, and say what it came to."""
+    total = epochs * -(-len(data.train) // BATCH)
+    with progress("split: bottleneck", total, "batch") as advance:
+
+        def batches(epoch: int) -> Iterator[Tensor]:
+            for batch in data.train.batches(BATCH, shuffle=True, seed=seed, epoch=epoch):
+                yield shape(batch.images)
+                advance()
+
+        losses = distil_head(student, teacher, batches, at, features=features, epochs=epochs)
+    if losses:
+        note(f"split: the bottleneck's error went from {losses[0]:.3g} to {losses[-1]:.3g} in {total:,} steps")
+    else:
+        note("split: the bottleneck is untrained (--epochs 0): its answers are worth nothing")
+
+
 @torch.no_grad()
-def _accuracy(run: Any, data: ImageData, shape: Preprocessing) -> float:
-    right = sum(int((run(shape(b.images)).argmax(1) == b.labels).sum()) for b in data.test.batches(64))
+def _accuracy(run: Any, data: ImageData, shape: Preprocessing, title: str) -> float:
+    right = 0
+    with progress(title, len(data.test), "image") as advance:
+        for batch in data.test.batches(64):
+            right += int((run(shape(batch.images)).argmax(1) == batch.labels).sum())
+            advance(len(batch.labels))
     return right / len(data.test)
 
 
 def _timed(
     model: nn.Module, parts: Any, data: ImageData, shape: Preprocessing, rate: float, latency: float
-) -> tuple[dict[str, float], dict[str, int], int]:
-    """Return seconds an image by each way, bytes sent, and how often the link failed."""
-    import time
-
+) -> tuple[dict[str, float], dict[str, int], list[str]]:
+    """Return seconds an image by each way, bytes sent, and why the link failed, once for each image it did."""
     raw = data.test.images(range(min(TIMED_IMAGES, len(data.test))))
 
     def whole(images: Tensor) -> Tensor:
         return model(shape(images))
 
-    seconds, sizes, failed = {}, {"remote": 0, "split": 0}, 0
+    def head(images: Tensor) -> Tensor:
+        return parts.head(shape(images))
+
+    # What is sent in remote execution is the image as it was stored: uint8.
+    ways: dict[str, tuple[Any, Any]] = {"remote": (whole, lambda x: x), "split": (parts.tail, head)}
     with torch.no_grad():
+        sizes = {name: len(encode(sent(raw[:1]).numpy())) + LENGTH_BYTES for name, (_, sent) in ways.items()}
+        expected = max(sizes.values()) / rate + 2 * latency
+        # Over a slow link a few images say as much.
+        raw = raw[: max(2, min(len(raw), int(MOST_SECONDS / expected)))]
         whole(raw[:1])
         began = time.perf_counter()
         for image in raw.split(1):
             whole(image)
-        seconds["local"] = (time.perf_counter() - began) / len(raw)
-    # What is sent in remote execution is the image as it was stored: uint8.
-    ways = {"remote": (whole, lambda x: x), "split": (parts.tail, lambda x: parts.head(shape(x)))}
-    for name, (server_runs, head) in ways.items():
+        seconds = {"local": (time.perf_counter() - began) / len(raw)}
+    failures: list[str] = []
+    for name, (server_runs, sent) in ways.items():
         with (
             EdgeServer(server_runs) as server,
             ShapedLink(server.address, rate, latency) as link,
-            EdgeClient(head, whole, link.address, timeout=30) as client,
+            EdgeClient(sent, whole, link.address, timeout=30 + 3 * expected) as client,
         ):
             answers = [client(image) for image in raw.split(1)]
         seconds[name] = sum(answer.seconds for answer in answers) / len(answers)
-        sizes[name] = max(answer.bytes_sent for answer in answers)
-        failed += sum(answer.where == "fallback" for answer in answers)
-    return seconds, sizes, failed
+        failures += [answer.reason for answer in answers if answer.where == "fallback"]
+    return seconds, sizes, failures

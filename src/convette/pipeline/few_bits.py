@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from convette._progress import note
 from convette.cost import Budget, Cost, format_bytes
+from convette.data import ImageData
 from convette.errors import BudgetError
 from convette.pipeline._run import Run
 from convette.pipeline.results import BitsTried
 from convette.pruning import PruneResult
-from convette.quantization import LowBitResult, low_bit
+from convette.quantization import LowBitResult, QuantizeSettings, low_bit
+from convette.quantization._calibration import training_images
 from convette.quantization.low_bit_limited_data import settings_from
 from convette.training import distributed, evaluate
 
@@ -43,14 +45,22 @@ def float_budget(budget: Budget, bits: int, start: Cost) -> Budget:
     return Budget(tuple(limits))
 
 
-def rounded(run: Run, network: nn.Module, images: Tensor, start: Cost, part: int = 1) -> LowBitResult:
-    """Return `network` in few bits within the limit of the run, after a `part`-th of the distillation."""
-    settings = settings_from(run.recipe.quantize, limit_of(run.budget, start))
+def within_limit(
+    network: nn.Module, images: Tensor, recipe: QuantizeSettings, budget: Budget | None, start: Cost, part: int = 1
+) -> LowBitResult:
+    """Return `network` in few bits within `budget`'s limit on size, if it has one, after a `part`-th of the
+    distillation; `start`: the network that a relative limit is relative to."""
+    settings = settings_from(recipe, limit_of(budget, start))
     return low_bit(
         network,
         images,
         replace(settings, block_steps=settings.block_steps // part, joint_steps=settings.joint_steps // part),
     )
+
+
+def rounded(run: Run, network: nn.Module, images: Tensor, start: Cost, part: int = 1) -> LowBitResult:
+    """Return `network` in few bits within the limit of the run; see `within_limit`."""
+    return within_limit(network, images, run.recipe.quantize, run.budget, start, part)
 
 
 def prune_for_bits(
@@ -102,11 +112,13 @@ def _judged(run: Run, bits: int, result: PruneResult, start: Cost) -> BitsTried:
 
 
 def images_of(run: Run) -> Tensor:
-    """Return the training images, without labels, that the network in few bits learns from."""
-    recipe, split = run.recipe.quantize, run.data.train
-    generator = torch.Generator().manual_seed(recipe.seed)
-    chosen = torch.randperm(len(split), generator=generator)[: recipe.calibration_images]
-    return run.data.preprocessing(split.images(chosen))
+    """Return the training images, without labels, that the network in few bits of a run learns from."""
+    return calibration_images(run.data, run.recipe.quantize)
+
+
+def calibration_images(data: ImageData, settings: QuantizeSettings) -> Tensor:
+    """Return the training images, without labels, that ranges are taken on and few bits learn from, preprocessed."""
+    return torch.cat(training_images(data, data.preprocessing, settings.calibration_images, settings.seed))
 
 
 def tried_text(tried: list[BitsTried]) -> str:

@@ -13,11 +13,12 @@ from convette import data, models, surgery
 from convette._files import replacing, write_text
 from convette.cost import Budget, Cost, LimitStatus, count, format_bytes, format_count, format_milliseconds, status_text
 from convette.data import Preprocessing
-from convette.errors import UsageError, did_you_mean
+from convette.errors import ConvetteError, UsageError, did_you_mean
 from convette.pipeline._latency import measure_runs, samples_for
 from convette.pipeline._run import MODEL_FILE
 from convette.pipeline.results import RUN_FILE, ExportResult, read_result
 from convette.runtime import EngineSpec, missing
+from convette.training.guards import first_not_finite
 
 CIFAR_SIDE, IMAGENET_SIDE = 32, 224
 PICTURE_SIDE = 320
@@ -39,6 +40,27 @@ def open_model(
     return models.create_model(
         name, num_classes=num_classes, in_channels=in_channels, pretrained=pretrained, weights=weights, seed=seed
     ).eval()
+
+
+@torch.no_grad()
+def check_network(model: nn.Module, name: str, example: torch.Tensor, classes: int | None = None) -> None:
+    """Raise `UsageError` where `model` does not run on images such as `example`, or gives other than `classes` outputs;
+    `ConvetteError` where its weights are not finite. `name` is what messages call it."""
+    broken = first_not_finite(model)
+    if broken:
+        raise ConvetteError(f"{name}: {broken} holds values that are not finite (NaN or infinity).")
+    size = "x".join(map(str, example.shape[1:]))
+    try:
+        found = model(example)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise UsageError(
+            f"{name} does not run on images of {size}: {why}. Other images, or data.image_size."
+        ) from error
+    if classes is not None and tuple(found.shape[1:]) != (classes,):
+        raise UsageError(
+            f"{name} gives {'x'.join(map(str, found.shape[1:]))} outputs, the images have {classes} classes."
+        )
 
 
 def is_run(name: str) -> bool:

@@ -11,7 +11,7 @@ from convette import data as data_room
 from convette.cost import engine_table
 from convette.errors import UsageError
 from convette.pipeline._latency import threads_beside
-from convette.pipeline.inspect import input_of, noise
+from convette.pipeline.inspect import check_network, input_of, noise
 from convette.quantization import EngineSurvey, survey_engines
 from convette.runtime import Contention, contention, prepare, study, study_table
 
@@ -84,7 +84,8 @@ def engine_report(cost: Any, survey: EngineSurvey | None) -> Any:
 
     agreed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in survey.agreement.items() if share < 1)
     kind = "random" if survey.random_images else "real"
-    lines = [f"Use {survey.choice.name}: {survey.choice.reason}"]
+    name = survey.choice.name
+    lines = [f"Use {name}: {survey.choice.reason.removeprefix(f'{name} is ')}"]
     lines.append(f"Same class as eager float32 on {survey.images} {kind} images: {agreed or 'all engines, always'}.")
     lines += [f"{name} was left out: {reason}" for name, reason in survey.missing.items()]
     return Group(cost, engine_table(survey.latency), *lines)
@@ -105,6 +106,8 @@ def study_of(
     """
     first = next(iter(networks.values()))
     example = noise(input_of(first, image_size), batch_size)
+    for name, model in networks.items():
+        check_network(model, name, example[:1])
     wanted = list(engines) or ["eager:cpu"]
     with contextlib.ExitStack() as stack:
         runners = {}

@@ -9,17 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from convette import models
-from convette._progress import note
 from convette.cost import Budget, count
 from convette.data import ImageData
 from convette.errors import UsageError
-from convette.pipeline.few_bits import limit_of
-from convette.pipeline.inspect import open_model
+from convette.layers.quantization.deployed import quantized_layers
+from convette.layers.quantization.edits import quantizable
+from convette.pipeline.few_bits import calibration_images, within_limit
+from convette.pipeline.inspect import check_network
 from convette.pipeline.recipe import Recipe
-from convette.pipeline.single import load_recipe_data
+from convette.pipeline.single import load_recipe_data, open_recipe_model
 from convette.pipeline.stages.model import put_card
-from convette.quantization import low_bit, quantize_onnx, quantize_openvino
-from convette.quantization.low_bit_limited_data import describe, settings_from
+from convette.quantization import quantize_onnx, quantize_openvino
+from convette.quantization.low_bit_limited_data import layers_text
 from convette.runtime import export, exported_size, prepare
 from convette.training import evaluate, evaluate_runner
 
@@ -53,19 +54,13 @@ def quantize_file(recipe: Recipe, out: Path | str) -> QuantizeOutcome:
     check_quantize(recipe, out)
     data = load_recipe_data(recipe)
     section = recipe.model
-    model = open_model(
-        section.name,
-        weights=section.weights,
-        pretrained=section.pretrained,
-        num_classes=data.num_classes,
-        in_channels=data.preprocessing.channels,
-        seed=recipe.run.seed,
-    )
-    if not (section.weights or section.pretrained or Path(section.name).suffix == ".safetensors"):
-        note(f"quantize: {section.name} is untrained; give --weights, --pretrained or a saved file")
+    model = open_recipe_model(recipe, data, "quantize")
     data = put_card(model, data, keep_normalisation=recipe.data.mean is not None)
+    calibration = calibration_images(data, recipe.quantize)
+    check_network(model, section.name, calibration[:1], data.num_classes)
+    if quantized_layers(model) and not quantizable(model):
+        raise UsageError(f"{section.name} is in few bits already; quantise the network it was made of.")
     before = evaluate(model, data.test, data.preprocessing).accuracy
-    calibration = _calibration(recipe, data)
     engine = SUFFIXES[out.suffix]
     if engine is None or recipe.quantize.bits is not None or recipe.quantize.method == "low_bit":
         text, after = _few_bits(recipe, model, data, calibration, out)
@@ -81,6 +76,13 @@ def check_quantize(recipe: Recipe, out: Path) -> None:
         raise UsageError(f"--out {out}: .safetensors (few bits), .onnx or .xml (int8) can be written.")
     if recipe.model.name == "auto":
         raise UsageError("quantize needs a network: --model NAME with --weights FILE, or FILE.safetensors.")
+    name = Path(recipe.model.name)
+    if name.suffix in (".onnx", ".xml", ".bin"):
+        raise UsageError(
+            f"{name} is a file for an engine; quantize needs the network it was made of: NAME.safetensors."
+        )
+    if out.exists() and name.exists() and out.samefile(name):
+        raise UsageError(f"--out {out} is the network itself, which would be lost; name another file.")
     limits = Budget.parse(recipe.budget.limits).limits if recipe.budget.limits else ()
     if any(limit.metric != "size" for limit in limits) or (limits and out.suffix != ".safetensors"):
         raise UsageError(
@@ -89,23 +91,15 @@ def check_quantize(recipe: Recipe, out: Path) -> None:
         )
 
 
-def _calibration(recipe: Recipe, data: ImageData) -> Tensor:
-    import torch
-
-    generator = torch.Generator().manual_seed(recipe.quantize.seed)
-    chosen = torch.randperm(len(data.train), generator=generator)[: recipe.quantize.calibration_images]
-    return data.preprocessing(data.train.images(chosen))
-
-
 def _few_bits(recipe: Recipe, model: nn.Module, data: ImageData, calibration: Tensor, out: Path) -> tuple[str, float]:
     budget = Budget.parse(recipe.budget.limits) if recipe.budget.limits else None
-    limit = limit_of(budget, count(model, calibration[:1]))
-    result = low_bit(model, calibration, settings_from(recipe.quantize, limit))
+    result = within_limit(model, calibration, recipe.quantize, budget, count(model, calibration[:1]))
+    text = f"{layers_text(result)}, weights {result.float_size / result.size:.1f} times smaller"
     if out.suffix == ".safetensors":
         models.save(result.model, out)
-        return describe(result), evaluate(models.load(out), data.test, data.preprocessing).accuracy
+        return text, evaluate(models.load(out), data.test, data.preprocessing).accuracy
     export(result.model, calibration[:1], out)
-    return describe(result), _accuracy(out, data, calibration)
+    return text, _accuracy(out, data, calibration)
 
 
 def _int8(recipe: Recipe, model: nn.Module, data: ImageData, calibration: Tensor, out: Path) -> tuple[str, float]:

@@ -321,8 +321,13 @@ def _file_bytes(model: nn.Module) -> int | None:
     return None if structure_log(model).origin is None else file_size(model)
 
 
-def describe(result: LowBitResult) -> str:
-    """Return what was done in one line: sizes, how many layers have how many bits."""
+def layers_text(result: LowBitResult) -> str:
+    """Return how many layers have how many bits."""
     counts = {bits: list(result.bits.values()).count(bits) for bits in sorted(set(result.bits.values()))}
-    layers = ", ".join(f"{count} layers in {bits} bits" for bits, count in counts.items())
-    return f"{layers}: {result.size:,} bytes, {result.float_size / result.size:.1f} times smaller"
+    return ", ".join(f"{count} layer{'s' * (count > 1)} in {bits} bits" for bits, count in counts.items())
+
+
+def describe(result: LowBitResult) -> str:
+    """Return what was done in one line: how many layers have how many bits, the bytes of the file (or the tensors)."""
+    size = result.file_size or result.size
+    return f"{layers_text(result)}: {size:,} bytes, {result.float_size / size:.1f} times smaller"

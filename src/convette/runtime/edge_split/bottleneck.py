@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from convette.errors import StructureError, UsageError
+from convette.errors import StructureError, TrainingError, UsageError, did_you_mean
 from convette.layers import replace_modules
 from convette.layers._watching import hooked, in_eval, keeping_outputs
 
@@ -54,20 +54,38 @@ def _pair(a: int, b: int, padding: int, relu: bool = True) -> list[nn.Module]:
 def inject(model: nn.Module, at: str, example: Tensor, channels: int = 3, width: int = 64) -> nn.Module:
     """Return a copy of `model` with a `Bottleneck` in the place of the module `at` (one tensor in, one out, same size).
 
-    Raises `StructureError` where that module changes the resolution, or takes or gives anything else.
+    Raises `StructureError` where that module changes the resolution, or takes or gives anything else; the message names
+    stages that can be.
     """
-    sizes: list[tuple[Any, Any]] = []
-    module = dict(model.named_modules()).get(at)
-    if module is None or not at:
-        raise StructureError(f"{type(model).__name__} has no module {at!r}.")
-    handle = module.register_forward_hook(lambda m, inputs, output: sizes.append((inputs, output)))
-    with hooked([handle]), in_eval(model), torch.no_grad():
-        model(example)
-    shapes = _shapes(*sizes[0]) if sizes else None
-    if shapes is None:
-        raise StructureError(f"module {at!r} cannot become a bottleneck: it must map one image to one of equal size.")
-    made = Bottleneck(*shapes, channels, width)
+    stages = _stages(model, example)
+    if at not in stages:
+        # Those at the top of the network: stages, not the layers within them.
+        depth = min((name.count(".") for name in stages), default=0)
+        fitting = ", ".join([name for name in stages if name.count(".") == depth][:6]) or "none"
+        there = bool(at) and at in dict(model.named_modules())
+        why = "cannot become a bottleneck: it must map one image to one of equal size" if there else "is not there"
+        raise StructureError(f"{type(model).__name__}: module {at!r} {why}. Those that can: {fitting}.")
+    made = Bottleneck(*stages[at], channels, width)
     return replace_modules(copy.deepcopy(model), lambda name, old: made if name == at else None)
+
+
+@torch.no_grad()
+def _stages(model: nn.Module, example: Tensor) -> dict[str, tuple[int, int]]:
+    """The channels taken and given by each module that maps one image to one of equal size, and runs once."""
+    calls: dict[str, list[tuple[int, int] | None]] = {}
+    handles = []
+    for name, module in model.named_modules():
+
+        def seen(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
+            calls.setdefault(name, []).append(_shapes(inputs, output))
+
+        if name:
+            handles.append(module.register_forward_hook(seen))
+    with hooked(handles), in_eval(model):
+        model(example)
+    # In the order of the network, not of the calls, which end with the innermost.
+    ordered = [(name, calls[name]) for name, _ in model.named_modules() if name in calls]
+    return {name: found[0] for name, found in ordered if len(found) == 1 and found[0] is not None}
 
 
 def _shapes(inputs: Any, output: Any) -> tuple[int, int] | None:
@@ -89,6 +107,7 @@ def distil_head(
     epochs: int = 5,
     learning_rate: float | int = 1e-3,
     factors: Mapping[str, float] | None = None,
+    bits: int | None = None,
 ) -> list[float]:
     r"""Train only the module `at` of `student` so that features become the teacher's; returns the mean loss an epoch.
 
@@ -101,10 +120,13 @@ def distil_head(
     Args:
         batches: ``batches(epoch)`` yields preprocessed images ``n c h w``; no labels are needed.
         factors: weights of features, 1 where not named.
+        bits: round what crosses to this many bits while training too, straight through; None: only when it is sent.
 
-    Adam; a tenth of the rate from half, and again from four fifths of the epochs on.
+    Adam; a tenth of the rate from half, and again from four fifths of the epochs on. Raises `StructureError` for a
+    feature that is not there, `TrainingError` for a loss that is not finite.
     """
     names = list(dict.fromkeys([at, *(features or ())]))
+    check_features(teacher, names)
     student.eval().requires_grad_(False)
     part = student.get_submodule(at)
     part.train().requires_grad_(True)
@@ -112,27 +134,55 @@ def distil_head(
     optimizer = torch.optim.Adam(part.parameters(), float(learning_rate))
     milestones = sorted({max(1, round(epochs * share)) for share in (0.5, 0.8)})
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.1)
+    encoder: Any = getattr(part, "encoder", None)
+    rounding = (
+        [encoder.register_forward_hook(lambda m, i, z: _rounded(z, bits))] if bits and encoder is not None else []
+    )
     means = []
-    for epoch in range(epochs):
-        losses = []
-        for images in batches(epoch):
-            with keeping_outputs(student, names) as ours, keeping_outputs(teacher, names) as theirs:
-                with torch.no_grad():
-                    teacher(images)
-                student(images)
-            loss = torch.zeros(())
-            for name in names:
-                weight = (factors or {}).get(name, 1.0)
-                scale = theirs[name].square().sum().clamp_min(1e-12)
-                loss = loss + weight * (ours[name] - theirs[name]).square().sum() / scale
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-        schedule.step()
-        means.append(float(np.mean(losses)))
+    with hooked(rounding):
+        for epoch in range(epochs):
+            losses = []
+            for images in batches(epoch):
+                loss = _imitation(student, teacher, images, names, factors or {})
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss.detach()))
+            schedule.step()
+            means.append(float(np.mean(losses)))
+            if not np.isfinite(means[-1]):
+                raise TrainingError(f"the loss of the bottleneck {at} is not finite; give a smaller learning rate.")
     student.eval().requires_grad_(True)
     return means
+
+
+def check_features(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise `StructureError` for a name of `names` that no module of `model` has."""
+    known = [name for name, _ in model.named_modules() if name]
+    for name in names:
+        if name not in known:
+            raise StructureError(f"{type(model).__name__} has no module {name!r}.{did_you_mean(name, known)}")
+
+
+def _imitation(
+    student: nn.Module, teacher: nn.Module, images: Tensor, names: Sequence[str], factors: Mapping[str, float]
+) -> Tensor:
+    with keeping_outputs(student, names) as ours, keeping_outputs(teacher, names) as theirs:
+        with torch.no_grad():
+            teacher(images)
+        student(images)
+    loss = torch.zeros(())
+    for name in names:
+        scale = theirs[name].square().sum().clamp_min(1e-12)
+        loss = loss + factors.get(name, 1.0) * (ours[name] - theirs[name]).square().sum() / scale
+    return loss
+
+
+def _rounded(z: Tensor, bits: int) -> Tensor:
+    """`z` rounded as the wire will round it, with the gradient of `z` itself."""
+    low, high = z.detach().amin(), z.detach().amax()
+    step = ((high - low) / (2**bits - 1)).clamp_min(1e-12)
+    return z + (((z - low) / step).round() * step + low - z).detach()
 
 
 class NeuralFilter(nn.Module):

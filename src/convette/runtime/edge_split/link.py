@@ -6,11 +6,12 @@ import threading
 import time
 
 from convette.errors import UsageError
+from convette.runtime.edge_split._listening import Listening, shut
 
 _CHUNK = 2048
 
 
-class ShapedLink:
+class ShapedLink(Listening):
     """A relay on 127.0.0.1 in front of a server: `rate` bytes a second each way, `latency` seconds each way.
 
     ``with ShapedLink(server.address, rate=1e6, latency=0.02) as link: EdgeClient(..., link.address)``. Bytes are paced
@@ -28,56 +29,38 @@ class ShapedLink:
     ) -> None:
         if rate <= 0 or latency < 0:
             raise UsageError(f"rate = {rate} and latency = {latency}: above 0, and 0 or more.")
+        super().__init__()
         self.target, self.rate, self.latency, self.drop_after = target, float(rate), float(latency), drop_after
         self.broken = False
         self.sent = 0
         self._sockets: list[socket.socket] = []
         self._lock = threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Where clients connect."""
-        host, port = self._listener.getsockname()[:2]
-        return str(host), int(port)
-
-    def __enter__(self) -> "ShapedLink":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        _shut(self._listener)
-        self._close_all()
-        self._thread.join(5)
 
     def break_now(self) -> None:
         """Cut all connections and take no more until `repair`."""
         self.broken = True
-        self._close_all()
+        self._hang_up()
 
     def repair(self) -> None:
         """Let connections through again."""
         self.broken, self.drop_after = False, None
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            if self.broken:
-                _shut(client)
-                continue
-            try:
-                server = socket.create_connection(self.target, timeout=5)
-            except OSError:
-                _shut(client)
-                continue
-            with self._lock:
-                self._sockets += [client, server]
-            for source, target, up in ((client, server, True), (server, client, False)):
-                threading.Thread(target=self._relay, args=(source, target, up), daemon=True).start()
+    def _connected(self, client: socket.socket) -> None:
+        """Connect to the server and pass on what comes from either; hang up while broken."""
+        if self.broken:
+            shut(client)
+            return
+        try:
+            server = socket.create_connection(self.target, timeout=5)
+        except OSError:
+            shut(client)
+            return
+        # The five seconds were for connecting: a message over a slow link takes longer.
+        server.settimeout(None)
+        with self._lock:
+            self._sockets += [client, server]
+        for source, target, up in ((client, server, True), (server, client, False)):
+            threading.Thread(target=self._relay, args=(source, target, up), daemon=True).start()
 
     def _relay(self, source: socket.socket, target: socket.socket, up: bool) -> None:
         free = 0.0  # when the link has sent all it was given
@@ -95,17 +78,11 @@ class ShapedLink:
                         return
                 target.sendall(piece)
         for end in (source, target):
-            _shut(end)
+            shut(end)
 
-    def _close_all(self) -> None:
+    def _hang_up(self) -> None:
+        """End all connections; new ones are let through."""
         with self._lock:
             sockets, self._sockets = self._sockets, []
         for end in sockets:
-            _shut(end)
-
-
-def _shut(end: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        end.shutdown(socket.SHUT_RDWR)
-    with contextlib.suppress(OSError):
-        end.close()
+            shut(end)
