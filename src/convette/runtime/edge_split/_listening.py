@@ -3,7 +3,9 @@
 import contextlib
 import socket
 import threading
-from typing import Self
+from typing import TypeVar
+
+Same = TypeVar("Same", bound="Listening")
 
 
 class Listening:
@@ -19,7 +21,7 @@ class Listening:
         host, port = self._listener.getsockname()[:2]
         return str(host), int(port)
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Same) -> Same:
         self._thread.start()
         return self
 
