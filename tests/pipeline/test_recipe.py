@@ -147,3 +147,10 @@ def test_lines_are_found_for_dotted_keys_and_tables():
     assert line_of(text, ["e", "g", "h"]) == 6
     assert line_of(text, ["e", "g", "missing"]) == 5
     assert line_of(text, ["z"]) is None
+
+
+def test_what_is_rounded_in_training_is_not_cut_afterwards():
+    with pytest.raises(UsageError, match="cut to a budget on macs"):
+        build_recipe({"budget": "macs<=50%", "method": [{"name": "QuantizationAware"}]})
+    alone = build_recipe({"method": [{"name": "quantization-aware"}]})
+    assert alone.method.steps and build_recipe({"budget": "macs<=50%"}).budget.limits

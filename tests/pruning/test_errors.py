@@ -105,3 +105,11 @@ def test_broken_activations_stop_least_squares_and_leave_the_model_alone(network
     with pytest.raises(StructureError, match="reads activations that are not finite") as caught:
         redistribute(network, graph, selection, [(images, few.train.labels[:8])])
     assert one_line(caught) and everything(network) == before
+
+
+@pytest.mark.parametrize("criterion", ["l1", "taylor"])
+def test_a_network_in_which_nothing_can_go_says_so(few, criterion):
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    with pytest.raises(BudgetError, match="Nothing in Sequential can be removed") as caught:
+        cut(flat, few, criterion=criterion)
+    one_line(caught)

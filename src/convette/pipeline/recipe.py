@@ -30,7 +30,7 @@ from convette.pipeline.searched import check_search
 from convette.pipeline.steps import ConversionStep, ConvertSection, MethodSection, MethodStep, as_steps
 from convette.pruning import PruneSettings
 from convette.quantization import QuantizeSettings
-from convette.training import TrainSettings
+from convette.training import TrainSettings, find_method
 
 TRAIN = TrainSettings()
 # Recovery after pruning takes this share of the training's epochs more, and units are judged by what the loss says of
@@ -166,6 +166,19 @@ class Recipe(Section):
             if section in tables:
                 tables[section] = as_steps(tables[section])
         return _without_nulls(_with_followers(tables))
+
+    @model_validator(mode="after")
+    def _rounded_last(self) -> "Recipe":
+        limits = Budget.parse(self.budget.limits).limits if self.budget.limits else ()
+        counted = [limit.metric for limit in limits if limit.metric in ("macs", "parameters", "size")]
+        named = [step.name for step in self.method.steps if find_method(step.name).__name__ == "QuantizationAware"]
+        if counted and named:
+            raise UsageError(
+                f"method {named[0]!r} rounds every layer in the training, and what is rounded cannot be cut to a budget"
+                f" on {counted[0]} afterwards. Cut first and train the smaller network with it (--model FILE), or leave"
+                ' it out: [quantize] mode = "on" quantises what was cut.'
+            )
+        return self
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Return every section and key as plain JSON values."""

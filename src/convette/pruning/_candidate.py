@@ -111,6 +111,9 @@ def check_reachable(candidate: Candidate, budget: Budget, start: Cost, measured:
     resolved = budget.resolve(start)
     if not resolved.met(smallest):
         share = f"{candidate.settings.min_fraction:.0%}"
+        if not candidate.graph.groups:
+            why = f" ({candidate.graph.frozen[0]} holds channels)" if candidate.graph.frozen else ""
+            raise unreachable(resolved, smallest, f"(Nothing in {type(network).__name__} can be removed{why}.)")
         wanted = f" and the constraints {candidate.settings.constraints!r}" if candidate.settings.constraints else ""
         raise unreachable(resolved, smallest, f"(min_fraction keeps {share} of every layer{wanted}; less may be set.)")
     return smallest

@@ -148,7 +148,8 @@ def _with_blocks(run: "Run", network: nn.Module) -> Decision:
         if run.data is None:
             return decision
         loss = _loss_at_the_end(run, candidate, decision)
-        say(f"pruning: without {', '.join(blocks) or 'no block'} the loss at the budget is {loss:.4g}")
+        named = f"without {', '.join(blocks)}" if blocks else "with all blocks"
+        say(f"pruning: {named} the loss at the budget is {loss:.4g}")
         if best is None or loss < lowest:
             best, lowest = decision, loss
     if best is None:

@@ -138,12 +138,15 @@ def score_units(
 ) -> dict[str, Tensor]:
     """Score the units of `graph` by the criterion called `name`, with its own `options`.
 
-    `seed` goes to the criteria that draw numbers. Raises `UsageError` for an unknown name or option, or where the
-    criterion needs data and `calibration` is None; `StructureError` for a score that is not finite. Where all units of
-    a group are worth the same a note says so: the first ones stay then.
+    `seed` goes to the criteria that draw numbers. Where nothing can be removed there is nothing to score. Raises
+    `UsageError` for an unknown name or option, or where the criterion needs data and `calibration` is None;
+    `StructureError` for a score that is not finite. Where all units of a group are worth the same a note says so: the
+    first ones stay then.
     """
     criterion = find_criterion(name)
     arguments = check_options(name, options or {})
+    if not graph.groups:
+        return {}
     if "seed" in _options.own_options(criterion):
         arguments.setdefault("seed", seed)
     scores = criterion(model, graph, calibration, **arguments)
