@@ -96,26 +96,28 @@ def table(
 
 def both(arms: Mapping[str, Any], network: str, criteria: list[str], speedups: list[float]) -> list[str]:
     """Return a small table of the criteria that were repaired by one recovery after the other, beside each alone."""
-    rows = []
-    for criterion in criteria:
-        cells = []
-        for speedup in speedups:
-            for recovery in ("least_squares", "distilled", BOTH):
-                value = mean_of(arms, network, criterion, speedup, recovery)
-                cells.append("" if value is None else f"{100 * value:.1f}")
-        if any(cells[2::3]):
-            rows.append(f"| `{criterion}` | " + " | ".join(cells) + " |")
+    rows = [name for name in criteria if mean_of(arms, network, name, speedups[0], BOTH) is not None]
+    shown = {"least_squares": "least squares", "distilled": "distilled", BOTH: "both"}
+    columns = [
+        (speedup, recovery)
+        for speedup in speedups
+        for recovery in shown
+        if any(mean_of(arms, network, name, speedup, recovery) is not None for name in rows)
+    ]
     if not rows:
         return []
-    heads = [f"{speedup:g}x, {shown}" for speedup in speedups for shown in ("least squares", "distilled", "both")]
-    return [
+    heads = [f"{speedup:g}x, {shown[recovery]}" for speedup, recovery in columns]
+    lines = [
         "Least squares before the cut and the three epochs after it, as `convette prune` does by itself:",
         "",
         "| criterion | " + " | ".join(heads) + " |",
         "|---" * (len(heads) + 1) + "|",
-        *rows,
-        "",
     ]
+    for name in rows:
+        values = [mean_of(arms, network, name, *column) for column in columns]
+        cells = ["" if value is None else f"{100 * value:.1f}" for value in values]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def picture(found: Mapping[str, Any], path: Path) -> None:
