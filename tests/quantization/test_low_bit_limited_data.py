@@ -13,10 +13,13 @@ from convette import surgery
 from convette.cost import count
 from convette.errors import BudgetError, ConvetteError, DataError, StructureError, UsageError
 from convette.layers.quantization import PackedBinaryConv2d, PackedConv2d
+from convette.layers.quantization.deployed import quantized_layers
+from convette.layers.quantization.edits import calibrate
 from convette.models import create_model, load, save
 from convette.quantization import LowBitSettings, QuantizeSettings, low_bit
 from convette.quantization._blocks import blocks_of, run_block
-from convette.quantization.low_bit_limited_data import allocate, choose_bits, layer_bytes, settings_from
+from convette.quantization._imitation import independent_stage, rounding_sides
+from convette.quantization.low_bit_limited_data import allocate, choose_bits, layer_bytes, rounded, settings_from
 from convette.runtime import export, prepare, read_export_metadata
 
 QUICK = {"block_steps": 0, "joint_steps": 0}
@@ -52,6 +55,97 @@ def test_both_stages_bring_accuracy_back(net, few, digits):
     assert min(helped.joint_losses) <= helped.joint_losses[0]
     assert accuracy(helped.model, digits) > accuracy(plain.model, digits) + 0.02
     assert torch.equal(next(start.parameters()), next(net.parameters()))
+
+
+def student_of(folded, few, **settings):
+    settings = LowBitSettings(shift=0, **settings)
+    bits = choose_bits(folded, few, settings)
+    student = rounded(folded, bits, settings)
+    calibrate(student, few)
+    return student, blocks_of(folded, list(bits), few[:2]), settings
+
+
+def test_a_block_that_is_not_rounded_has_nothing_to_learn_and_blocks_learn_alone(net, few, folded):
+    """Stage 1 on the same block: error 0 and no change; the gradients of one block touch no other."""
+    settings = LowBitSettings(shift=0, block_steps=3, learning_rate=1e-2)
+    same = copy.deepcopy(folded)
+    blocks = blocks_of(folded, ["conv", "conv3"], few[:2])
+    errors = independent_stage(folded, same, blocks, few, few, settings, torch.Generator())
+    assert all(pair == (0.0, 0.0) for pair in errors.values())
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), folded.parameters(), strict=True))
+    student, blocks, settings = student_of(folded, few, bits=2, block_steps=3, learning_rate=1e-2)
+    before = copy.deepcopy(student.state_dict())
+    one = [block for block in blocks if block.layers == ("conv",)]
+    independent_stage(folded, student, one, few, few, settings, torch.Generator())
+    moved = {
+        name.partition(".")[0] for name, value in student.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert moved <= {"conv"} and all(p.grad is None for p in student.parameters())
+
+
+def test_blocks_learn_from_rounded_inputs_where_asked(net, few, folded):
+    found = {}
+    for inputs in ("float", "quantized"):
+        torch.manual_seed(0)
+        result = low_bit(net, few, LowBitSettings(bits=2, block_steps=4, joint_steps=0, shift=0, block_inputs=inputs))
+        found[inputs] = result.block_errors
+        assert all(after <= before for before, after in result.block_errors.values())
+    first = next(iter(found["float"]))
+    # Rounded inputs are further from the target to begin with; the first block has none before it.
+    assert found["float"][first] == found["quantized"][first]
+    assert any(found["quantized"][name][0] > found["float"][name][0] for name in found["float"])
+
+
+def test_adaptive_rounding_chooses_between_the_two_grid_points(net, few, folded):
+    student, blocks, settings = student_of(
+        folded, few, bits=3, block_steps=30, learning_rate=3e-2, adaptive_rounding=True
+    )
+    starts = {name: (layer.integers(), layer.scales().clone()) for name, layer in quantized_layers(student).items()}
+    sides = {id(layer): (low, high) for layer, low, high in rounding_sides(student)}
+    independent_stage(folded, student, blocks, few, few, settings, torch.Generator().manual_seed(0))
+    changed = 0
+    for name, layer in quantized_layers(student).items():
+        integers, scales = starts[name]
+        low, high = sides[id(layer)]
+        assert torch.equal(layer.scales(), scales)
+        value = layer.quantized_weight()
+        assert bool(((value >= low - 1e-6) & (value <= high + 1e-6)).all())
+        assert int((layer.integers().int() - integers.int()).abs().max()) <= 1
+        changed += int((layer.integers() != integers).sum())
+    assert changed > 0
+
+
+def test_integers_alone_give_the_same_answers(net, few, digits):
+    """Sums of int32, one multiplier a channel: what an integer engine computes."""
+    model = low_bit(net, few, LowBitSettings(bits=4, block_steps=0, joint_steps=0)).model
+    images = digits.preprocessing(digits.validation.stored)
+    for layer in quantized_layers(model).values():
+
+        def integer(x, layer=layer):
+            quantizer = layer.activation
+            step, zero = float(quantizer.log_scale.exp()), int(quantizer.zero)
+            q = ((x / step).round() + zero).clamp(0, 2**quantizer.bits - 1).int() - zero
+            weight = layer.integers().double()
+            if isinstance(layer, PackedConv2d):
+                sums = F.conv2d(q.double(), weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+            else:
+                sums = F.linear(q.double(), weight)
+            assert sums.abs().max() < 2**31 and torch.equal(sums, sums.round())
+            shape = (1, -1, *[1] * (sums.ndim - 2))
+            outputs = sums * (layer.scales().double() * step).reshape(shape)
+            return (outputs + (0 if layer.bias is None else layer.bias.double().reshape(shape))).float()
+
+        layer.integer = integer
+    with torch.no_grad():
+        expected = model(images)
+        for layer in quantized_layers(model).values():
+            layer.forward = layer.integer
+        found = model(images)
+    assert (found.argmax(1) == expected.argmax(1)).float().mean() > 0.995
+    # One step of the last layer's input at most, where a sum of floats fell on the other side of a rounding.
+    head = list(quantized_layers(model).values())[-1]
+    step = float(head.activation.log_scale.exp() * head.scales().max() * 2 ** (head.bits - 1))
+    assert (found - expected).abs().max() < 4 * step
 
 
 def test_eight_bits_lose_nothing_and_the_size_is_the_bytes(net, few, digits):
@@ -204,6 +298,6 @@ def test_images_and_settings_that_cannot_be(net, few):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     with pytest.raises(StructureError, match="no convolution or linear"):
         low_bit(nn.Sequential(nn.ReLU()), few)
-    for wrong in ({"bits": 9}, {"activation_bits": 1}, {"held_out": 1.0}, {"choices": (1, 2)}):
+    for wrong in ({"bits": 9}, {"activation_bits": 1}, {"held_out": 1.0}, {"choices": (1, 2)}, {"block_inputs": "x"}):
         with pytest.raises(UsageError, match="low-bit"):
             LowBitSettings(**wrong)

@@ -153,11 +153,18 @@ def test_the_robust_cost_is_the_worst_or_a_declared_mix():
     assert found.robust_cost("a") == max(each.values())
     mix = found.robust_cost("a", weights={"idle": 0.75, "busy": 0.25})
     assert mix == pytest.approx(0.75 * each["idle"] + 0.25 * each["busy"])
+    spreads = [spread(x["a"]) for x in found.times.values()]
+    assert found.robust_cost("a", kappa=2) == pytest.approx(max(one.mean + 2 * one.sd for one in spreads))
     for weights in ({"idle": 1.0}, {"idle": 0.5, "busy": 0.6}):
         with pytest.raises(UsageError, match="add up to 1"):
             found.robust_cost("a", weights=weights)
     mu, sigma = found.common_slowdown("busy")
     assert mu == pytest.approx(np.log(3), abs=0.05) and sigma == pytest.approx(0.1, rel=0.2)
+    # Its own quantiles come back from its idle mean; another network's are in proportion.
+    for percentile in (50, 95):
+        expected = np.percentile(found.times["busy"]["a"], percentile)
+        assert found.predicted(found.times["idle"]["a"].mean(), "busy", percentile) == pytest.approx(expected, rel=0.05)
+    assert found.predicted(2.0, "busy") == pytest.approx(2 * found.predicted(1.0, "busy"))
 
 
 def test_a_condition_that_cannot_be_is_refused():

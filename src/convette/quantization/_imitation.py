@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from convette._progress import progress
 from convette.layers._watching import keeping_outputs
+from convette.layers.quantization.fake_quantize import QuantConv2d, QuantLinear
 from convette.quantization._blocks import Block, relative_error, run_block
 from convette.training import distillation_loss
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from convette.quantization.low_bit_limited_data import LowBitSettings
 
 _LOOK_EVERY = 50
+_SIDES = "_rounding_sides"
 _COPIES = 4  # augmented copies of each image in stage 1
 
 
@@ -36,6 +38,9 @@ def independent_stage(
         for block in blocks:
             inputs, targets = run_block(teacher, block.name, shown)
             held_inputs, held_targets = run_block(teacher, block.name, apart)
+            if settings.block_inputs == "quantized":
+                # What the blocks before it, already rounded and trained, really give.
+                inputs, held_inputs = (run_block(student, block.name, part)[0] for part in (shown, apart))
             module = student.get_submodule(block.name)
 
             def loss(chosen: Tensor, module: Any = module, inputs: Any = inputs, targets: Any = targets) -> Tensor:
@@ -116,6 +121,13 @@ def _optimise(
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(True)
         (scales if name.endswith("log_scale") else weights).append(parameter)
+    if settings.adaptive_rounding:
+        for name, parameter in module.named_parameters():
+            # The grid stays, only the sides of weights are learned; biases and the steps of inputs learn as ever.
+            if name.endswith("log_scale") and not name.endswith("activation.log_scale"):
+                parameter.requires_grad_(False)
+        scales = [parameter for parameter in scales if parameter.requires_grad]
+    sides = rounding_sides(module) if settings.adaptive_rounding else []
     optimizer = torch.optim.Adam(
         [
             {"params": weights, "lr": factor * settings.learning_rate},
@@ -133,6 +145,8 @@ def _optimise(
         value.backward()
         optimizer.step()
         schedule.step()
+        for layer, low, high in sides:
+            layer.weight.data.clamp_(low, high)
         advance()
         if (step + 1) % _LOOK_EVERY == 0 or step + 1 == steps:
             with torch.no_grad():
@@ -143,6 +157,23 @@ def _optimise(
     for parameter in module.parameters():
         parameter.grad = None
     return looks
+
+
+@torch.no_grad()
+def rounding_sides(module: nn.Module) -> list[tuple[Any, Tensor, Tensor]]:
+    """Return the quantised layers of `module` with the grid points below and above each of their float weights.
+
+    The float weights are those a layer had when it was first asked, so that a second stage has the same choice.
+    """
+    found = []
+    for layer in module.modules():
+        if isinstance(layer, QuantConv2d | QuantLinear):
+            if not hasattr(layer, _SIDES):
+                scale = layer.scales().reshape(-1, *[1] * (layer.weight.ndim - 1))
+                raw = (layer.weight / scale).clamp(-layer.highest, layer.highest)
+                setattr(layer, _SIDES, (raw.floor() * scale, raw.ceil() * scale))
+            found.append((layer, *getattr(layer, _SIDES)))
+    return found
 
 
 def _moved(images: Tensor, settings: "LowBitSettings", generator: torch.Generator) -> Tensor:

@@ -44,6 +44,10 @@ class LowBitSettings:
     - `block_steps`, `joint_steps`: steps of stage 1 (for each block) and stage 2; 0: without.
     - `learning_rate` of weights and `step_rate` of scales (Adam); a tenth of both in stage 2.
     - `temperature`, `feature_weight`: of stage 2's loss. `held_out`: share of the images that only says when to stop.
+    - `block_inputs`: what a block learns from in stage 1: ``"float"``, the float network's activations (independent of
+      the other blocks), or ``"quantized"``, those of the rounded blocks before it (in turn, less drift).
+    - `adaptive_rounding`: weights only choose between the two grid points around them, and their scales stay: fewer
+      freedoms, for fewer than a hundred images.
     - `shift`: pixels images are moved by at random, so that few say more; None: a sixteenth of the height.
 
     Raises `UsageError` for values out of range.
@@ -64,6 +68,8 @@ class LowBitSettings:
     temperature: float | int = 4.0
     feature_weight: float | int = 1.0
     held_out: float | int = 0.2
+    block_inputs: str = "float"
+    adaptive_rounding: bool = False
     shift: int | None = None
     observer: str = "mse"
     seed: int = 0
@@ -74,6 +80,8 @@ class LowBitSettings:
                 raise UsageError(f"low-bit: {bits} weight bits cannot be; 2 to 8 can.")
         if self.activation_bits not in ACTIVATION_BITS:
             raise UsageError(f"low-bit: {self.activation_bits} activation bits cannot be; 2 to 8 can, 0 for none.")
+        if self.block_inputs not in ("float", "quantized"):
+            raise UsageError(f"low-bit: block_inputs = {self.block_inputs!r} is neither 'float' nor 'quantized'.")
         if not 0 <= self.held_out < 1 or self.batch_size < 1 or self.block_steps < 0 or self.joint_steps < 0:
             raise UsageError("low-bit: held_out is a share in [0, 1), batch_size 1 or more, steps 0 or more.")
 

@@ -279,13 +279,26 @@ class VariabilityStudy:
         return tuple(found)
 
     def robust_cost(
-        self, network: str, percentile: float | int = 95, weights: Mapping[str, float | int] | None = None
+        self,
+        network: str,
+        percentile: float | int = 95,
+        weights: Mapping[str, float | int] | None = None,
+        *,
+        kappa: float | int | None = None,
     ) -> float:
-        """Return the percentile of `network` in its worst condition, or (with `weights`) the mean over a declared mix.
+        r"""Return the percentile of `network` in its worst condition, or (with `weights`) the mean over a declared mix.
 
+        `kappa`: :math:`m + \kappa s` of each condition (mean and standard deviation) in the place of the percentile.
         Raises `UsageError` if the weights do not name the conditions or do not add up to 1.
         """
-        values = {name: float(np.percentile(found[network], percentile)) for name, found in self.times.items()}
+
+        def value(times: np.ndarray) -> float:
+            if kappa is None:
+                return float(np.percentile(times, percentile))
+            one = spread(times, resamples=1)
+            return one.mean + float(kappa) * one.sd
+
+        values = {name: value(found[network]) for name, found in self.times.items()}
         if weights is None:
             return max(values.values())
         if set(weights) != set(values) or abs(sum(weights.values()) - 1) > 1e-9:
@@ -301,6 +314,19 @@ class VariabilityStudy:
         first = self.times[self.conditions[0]]
         logs = np.concatenate([np.log(x / first[name].mean()) for name, x in self.times[condition].items()])
         return float(logs.mean()), float(logs.std(ddof=1))
+
+    def predicted(self, idle: float | int, condition: str, percentile: float | int = 95) -> float:
+        r"""Return the percentile in `condition` of a network whose mean on an idle machine is `idle` milliseconds.
+
+        .. math:: T_q = \Bigl(\sum_i \mu_i\Bigr) \exp(\mu + z_q \sigma)
+
+        with :math:`\mu, \sigma` of `common_slowdown`: for networks that were not measured under load, from a table of
+        idle layer times.
+        """
+        from scipy.stats import norm
+
+        mu, sigma = self.common_slowdown(condition)
+        return float(idle) * math.exp(mu + float(norm.ppf(percentile / 100)) * sigma)
 
     def to_json(self) -> dict[str, Any]:
         """Return the statistics as plain JSON values (not the single times)."""
