@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ from convette.cost import Limit, WidthCost
 from convette.errors import UsageError
 from convette.pruning import find_allocation, global_ranking, random, uniform
 from convette.pruning._reinforce import Reinforce
+from convette.pruning.allocation.policy_gradient import weighted_scores
 
 
 def limit(metric: str, value: float) -> Limit:
@@ -51,6 +54,34 @@ def test_a_loss_is_needed_and_one_that_is_no_number_is_the_worst(network, graph,
 
     selection = find_allocation(name)(scores, graph, width_cost, half, loss=broken)
     assert len(selection.get("inner", range(size))) >= size - 2
+
+
+def test_importances_of_groups_meet_the_budget_and_shift_together(network, graph, example):
+    width_cost = WidthCost(network, example, graph)
+    scores, half = random(network, graph, seed=0), limit("macs", 0.5 * width_cost.macs({}))
+    generator = torch.Generator().manual_seed(0)
+    unit = max(width_cost.macs({}) - width_cost.macs({g.name: torch.arange(g.size - 1)}) for g in graph if g.size > 1)
+    for _ in range(8):
+        z = {group.name: float(torch.randn((), generator=generator)) for group in graph}
+        kept = {}
+        for shift in (0.0, 1.5):
+            factors = {name: math.exp(value + shift) for name, value in z.items()}
+            kept[shift] = global_ranking(weighted_scores(scores, factors), graph, width_cost, half)
+        assert half.value - unit <= width_cost.macs(kept[0.0]) <= half.value
+        assert kept[0.0].keys() == kept[1.5].keys()
+        assert all(torch.equal(units, kept[1.5][name]) for name, units in kept[0.0].items())
+
+
+def test_a_policy_over_scores_starts_from_the_global_ranking_and_learns(network, graph, example):
+    width_cost = WidthCost(network, example, graph)
+    scores, half = random(network, graph, seed=0), limit("macs", 0.5 * width_cost.macs({}))
+    loss, calls = spares_inner(graph)
+    search = find_allocation("policy_gradient")
+    start = search(scores, graph, width_cost, half, loss=loss, policy="scores", updates=0)
+    plain = global_ranking(weighted_scores(scores, {}), graph, width_cost, half)
+    assert start.keys() == plain.keys() and all(torch.equal(units, start[name]) for name, units in plain.items())
+    found = search(scores, graph, width_cost, half, loss=loss, policy="scores", deviation=0.5, final_deviation=0.1)
+    assert width_cost.macs(found) <= half.value and loss(found) < loss(start) and len(calls) <= 80
 
 
 def test_reinforce_learns_which_arm_pays():

@@ -9,7 +9,7 @@ from torch import nn
 from convette.cost import count, count_parameters
 from convette.data import load_data
 from convette.errors import StructureError, UsageError
-from convette.pruning import l1
+from convette.pruning import bn_scale, l1
 from convette.pruning.yolov3_block_channel import (
     ANCHORS,
     BlockChannelSettings,
@@ -135,6 +135,30 @@ def test_one_block_of_a_stage_stays():
     assert smallest_factors(factors, 0.5, float("inf")) == ("a.0", "c.2", "c.1")
     assert smallest_factors(factors, 0.5, 0.5) == ("a.0",)
     assert smallest_factors(factors, 0.0, 1.0) == ()
+
+
+def test_a_channel_of_a_stream_stays_if_any_layer_needs_it():
+    torch.manual_seed(0)
+    model = YOLOv3(num_classes=2, width=0.05).eval()
+    example = torch.randn(1, 3, 64, 64)
+    graph = trace(model, example)
+    group = max(graph, key=lambda one: len(one.of("affine")))
+    norms = [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    names = [m.parameter for m in group.of("affine") if m.parameter.endswith("weight") and m.module in norms]
+    with torch.no_grad():
+        for name in names:
+            model.get_parameter(name).fill_(0.1)
+        model.get_parameter(names[0])[0] = 0.9  # one layer needs channel 0, all others a little of channel 1
+        for name in names[1:]:
+            model.get_parameter(name)[1] = 0.5
+    found = {how: bn_scale(model, graph, reduce=how)[group.name] for how in ("max", "mean", "min", "sum")}
+    assert found["max"][0] == pytest.approx(0.9) and found["max"][1] == pytest.approx(0.5)
+    assert found["mean"][0] < found["mean"][1] and found["min"][:2].tolist() == pytest.approx([0.1, 0.1])
+    assert torch.allclose(found["sum"], len(names) * found["mean"])
+    with pytest.raises(UsageError, match="reduce='most'"):
+        bn_scale(model, graph, reduce="most")
+    with pytest.raises(UsageError, match="tied = 'most'"):
+        BlockChannelSettings(tied="most")
 
 
 def test_rounds_end_within_the_budget_with_blocks_and_channels_gone():

@@ -1,6 +1,6 @@
 """The scale that normalisation gives to a unit."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,13 @@ from convette.pruning._units import finite_scores, sum_over_units, tensors_of
 from convette.pruning.criteria.magnitude import check_choice, normalised
 from convette.surgery import ChannelGraph, Member
 
+_REDUCED: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda scales: scales.mean(dim=0),
+    "max": lambda scales: scales.amax(dim=0),
+    "min": lambda scales: scales.amin(dim=0),
+    "sum": lambda scales: scales.sum(dim=0),
+}
+
 
 def bn_scale(
     model: nn.Module,
@@ -18,12 +25,15 @@ def bn_scale(
     calibration: Iterable[Any] | None = None,
     *,
     normalise: str = "none",
+    reduce: str = "mean",
 ) -> dict[str, Tensor]:
     r"""Score units by the scale of their normalisation layers.
 
     .. math:: s_u = \frac{1}{|M|} \sum_{m \in M} |\gamma_{m,u}|
 
-    over the normalisation layers M of the group (batch, group, layer or instance norm with a learned scale).
+    over the normalisation layers M of the group (batch, group, layer or instance norm with a learned scale). `reduce`
+    says how those of a residual stream meet: their "mean" (default), "max" (a unit stays if any layer needs it), "min"
+    (it goes if any layer does not), or "sum".
     `normalise` divides by the group's mean or maximum; the default compares the plain scales across the network. Groups
     without such a layer get no score, which leaves them untouched. The criterion means most after training with a
     penalty on gamma.
@@ -33,6 +43,7 @@ def bn_scale(
     ignored). Source: Liu et al., Learning Efficient Convolutional Networks through Network Slimming, arXiv 1708.06519.
     """
     check_choice("normalise", normalise, ("mean", "max", "none"))
+    check_choice("reduce", reduce, tuple(_REDUCED))
     tensors = tensors_of(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     scores = {}
@@ -43,7 +54,7 @@ def bn_scale(
             if _is_scale(m, modules)
         ]
         if scales and group.size:
-            scores[group.name] = normalised(torch.stack(scales).mean(dim=0), normalise)
+            scores[group.name] = normalised(_REDUCED[reduce](torch.stack(scales)), normalise)
     if not scores:
         raise UsageError(
             "criterion bn_scale: no group of this network has a normalisation layer with a scale; use l2 or taylor."

@@ -27,6 +27,8 @@ class BlockChannelSettings:
     - `rounds`; `sparse_epochs`, `block_strength`, `scale_strength`: of `SparseFactors`.
     - `block_share`: of the blocks left, at most this goes in a round, those with the smallest factors; `threshold`:
       only those below it. One block of every stage (blocks that share a parent) stays.
+    - `tied`: how the scales of layers that share a residual stream meet: "max" (default: a channel stays if any layer
+      needs it), "mean", "min", "sum".
     - `epochs`: of recovery a round, taught by the unpruned network. `multiple_of`, `min_fraction`: see `PruneSettings`.
     """
 
@@ -36,6 +38,7 @@ class BlockChannelSettings:
     scale_strength: float = 5e-4
     block_share: float = 0.25
     threshold: float = float("inf")
+    tied: str = "max"
     epochs: int = 3
     multiple_of: int = 1
     min_fraction: float = 0.1
@@ -44,6 +47,8 @@ class BlockChannelSettings:
     def __post_init__(self) -> None:
         if min(self.rounds, self.sparse_epochs, self.epochs) < 1:
             raise UsageError("block and channel pruning: rounds, sparse_epochs and epochs must be at least 1.")
+        if self.tied not in ("max", "mean", "min", "sum"):
+            raise UsageError(f"block and channel pruning: tied = {self.tied!r} is none of 'max', 'mean', 'min', 'sum'.")
         if not 0 <= self.block_share <= 1:
             raise UsageError(f"block and channel pruning: block_share = {self.block_share} must be a share.")
 
@@ -116,6 +121,7 @@ def block_then_channel(
         )
         choices = PruneSettings(
             criterion="bn_scale",
+            criterion_options={"reduce": settings.tied},
             steps=1,
             epochs=0,
             multiple_of=settings.multiple_of,
