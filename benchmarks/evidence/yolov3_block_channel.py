@@ -71,9 +71,7 @@ def one_seed(data: ImageData, seed: int) -> dict[str, Any]:
     models["channels by magnitude"] = prune(whole, data, BUDGET, choices, train_settings=again, device="cpu").model
     gone: tuple[str, ...] = ()
     for name, share in (("channels by scale", 0.0), ("blocks and channels", 0.25)):
-        rounds = BlockChannelSettings(
-            rounds=2, sparse_epochs=2, epochs=3, block_share=share, tied="mean", seed=seed
-        )
+        rounds = BlockChannelSettings(rounds=2, sparse_epochs=2, epochs=3, block_share=share, tied="mean", seed=seed)
         result = block_then_channel(whole, data, BUDGET, rounds, train_settings=again)
         models[name], gone = result.model, tuple(block for blocks in result.blocks for block in blocks)
     example = data.preprocessing(data.train.images(torch.tensor([0])))
