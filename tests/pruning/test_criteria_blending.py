@@ -77,6 +77,47 @@ def test_it_follows_the_units(network, graph, batches):
     assert torch.allclose(blend(network, graph, batches, **options)["inner"], before[order], atol=1e-6)
 
 
+def test_as_many_clusters_as_part_best():
+    generator = torch.Generator().manual_seed(0)
+    bases = [torch.randn(60, generator=generator) for _ in range(3)]
+    scores = {
+        f"{k}{copy}": base + 0.05 * torch.randn(60, generator=generator)
+        for k, base in enumerate(bases)
+        for copy in range(3)
+    }
+    assert sorted(cluster_criteria(criteria_agreement(scores), 0)) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert len(cluster_criteria(criteria_agreement({"a": bases[0], "b": bases[1]}), 0)) == 2
+
+
+def test_growing_transforms_change_neither_clusters_nor_the_blend_of_ranks(network, graph, batches, monkeypatch):
+    from convette.pruning import criteria
+
+    options = {"pool": "l1, taylor, apoz, l2", "generations": 0, "probe": 3}
+    before = blend_search(network, graph, batches, **options)
+    summed = blend_search(network, graph, batches, **options, scale="sum")
+    plain = criteria.score_units
+
+    def grown(name, *args, **given):
+        found = plain(name, *args, **given)
+        return {g: (s / s.abs().amax()).double().exp() * 7 + 1 if name == "l1" else s for g, s in found.items()}
+
+    monkeypatch.setattr(criteria, "score_units", grown)
+    after = blend_search(network, graph, batches, **options)
+    assert after.clusters == before.clusters and after.shares == before.shares
+    assert all(torch.equal(after.scores[name], score) for name, score in before.scores.items())
+    other = blend_search(network, graph, batches, **options, scale="sum")
+    assert any(not torch.allclose(other.scores[name], score) for name, score in summed.scores.items())
+
+
+def test_fitness_may_be_the_accuracy(network, graph, batches):
+    found = blend_search(network, graph, batches, **FEW, fitness="accuracy")
+    assert all(0 <= value <= 1 for value in (*found.fitness, *found.singles.values()))
+    assert found.fitness[-1] >= max(found.singles.values())
+    for wrong in ({"fitness": "f1"}, {"scale": "log"}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            blend(network, graph, batches, **wrong)
+
+
 def test_what_cannot_be_asked_for_is_named(network, graph, batches):
     with pytest.raises(UsageError, match=r"criterion 'tailor'.*'taylor'"):
         blend(network, graph, batches, pool="l1, tailor")

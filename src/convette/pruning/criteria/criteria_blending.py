@@ -18,6 +18,7 @@ from torch.nn import functional
 from convette.errors import BudgetError, ConvetteError, UsageError
 from convette.pruning.criteria._observing import batches_of, run, scoring
 from convette.pruning.criteria.loss_increase import loss_without
+from convette.pruning.criteria.magnitude import check_choice
 from convette.surgery import ChannelGraph, apply
 
 POOL = "l1, geometric_median, bn_scale, taylor, fisher, apoz, activation_rank"
@@ -36,6 +37,8 @@ def blend(
     generations: int = 8,
     population: int = 12,
     keep: float | int = 0.5,
+    scale: str = "rank",
+    fitness: str = "loss",
     seed: int = 0,
 ) -> dict[str, Tensor]:
     r"""Score units by a mix of criteria, found for each layer by clustering, a probe, and evolution.
@@ -44,13 +47,14 @@ def blend(
         \frac{\operatorname{rank}_{k_m}(u)}{n_l}
 
     In every group l the criteria of `pool` (names with commas) are clustered by the Spearman correlation of their ranks
-    into at most `clusters`; a blend takes one criterion :math:`k_m` from each. :math:`c_k` in 0.05..1 is the Spearman
-    correlation of criterion k with the loss increase of up to `probe` single units (0 where it is negative; with
-    ``probe=0`` the share of its cluster). Picks and weights w evolve for `generations` of `population` blends; the
-    fitness is the loss on one half of the calibration images of the network cut evenly to the share `keep` of its
-    units, batch-norm statistics taken anew on the other half. All single criteria are in the first generation and the
-    best survives: the blend is as good as any of them there. ``generations=0`` takes the best-calibrated pick of
-    each cluster with equal weights.
+    into at most `clusters` (0: as many, from 2 to 5, as part best by silhouette); a blend takes one criterion
+    :math:`k_m` from each. :math:`c_k` in 0.05..1 is the Spearman correlation of criterion k with the loss increase of
+    up to `probe` single units (0 where it is negative; with ``probe=0`` the share of its cluster). ``scale="sum"``
+    blends scores divided by their sum instead of ranks. Picks and weights w evolve for `generations` of `population`
+    blends; the `fitness` is the "loss" (or the "accuracy") on one half of the calibration images of the network cut
+    evenly to the share `keep` of its units, batch-norm statistics taken anew on the other half. All single criteria are
+    in the first generation and the best survives: the blend is as good as any of them there. ``generations=0`` takes
+    the best-calibrated pick of each cluster with equal weights.
 
     Scores are ranks and compare within a layer: use an allocation that cuts layers evenly or measures them ("uniform",
     "per_layer"). Criteria that a network has no layers for are left out. `blend_search` tells what was found.
@@ -69,6 +73,8 @@ def blend(
         generations=generations,
         population=population,
         keep=keep,
+        scale=scale,
+        fitness=fitness,
         seed=seed,
     ).scores
 
@@ -99,21 +105,25 @@ def blend_search(
     generations: int = 8,
     population: int = 12,
     keep: float | int = 0.5,
+    scale: str = "rank",
+    fitness: str = "loss",
     seed: int = 0,
 ) -> Blend:
     """Search for a blend; see `blend` for the options, errors and costs."""
-    if clusters < 1 or probe < 0 or generations < 0 or population < 2 or not 0 < keep <= 1:
+    check_choice("scale", scale, ("rank", "sum"))
+    check_choice("fitness", fitness, ("loss", "accuracy"))
+    if clusters < 0 or probe < 0 or generations < 0 or population < 2 or not 0 < keep <= 1:
         raise UsageError(
             f"criterion blend: clusters={clusters}, probe={probe}, generations={generations}, population={population},"
-            f" keep={keep}: at least 1, 0, 0 and 2, and a share above 0 are needed."
+            f" keep={keep}: at least 0, 0, 0 and 2, and a share above 0 are needed."
         )
     batches = batches_of(calibration, "blend")
     found = _score_all(model, graph, batches, pool, seed)
-    groups = _prepare(model, graph, batches, found, clusters, probe, seed)
+    groups = _prepare(model, graph, batches, found, clusters, probe, scale, seed)
     if not generations:
         return _blend(groups, {name: group.plain() for name, group in groups.items()})
     fit, held = _halves(batches)
-    judge = _Judge(model, graph, fit, held, float(keep))
+    judge = _Judge(model, graph, fit, held, float(keep), fitness)
     return _evolve(groups, judge, list(found), generations, population, np.random.default_rng(seed))
 
 
@@ -129,7 +139,10 @@ def criteria_agreement(scores: Mapping[str, Tensor]) -> Float[np.ndarray, "k k"]
 
 
 def cluster_criteria(agreement: Float[np.ndarray, "k k"], clusters: int) -> list[list[int]]:
-    """Return at most `clusters` sets of criteria by average linkage of ``1 - agreement``; equal ranks stay together."""
+    """Return at most `clusters` sets of criteria by average linkage of ``1 - agreement``; equal ranks stay together.
+
+    With 0 `clusters` as many, from 2 to 5, as have the largest silhouette: sets that are close within and far apart.
+    """
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
 
@@ -137,13 +150,25 @@ def cluster_criteria(agreement: Float[np.ndarray, "k k"], clusters: int) -> list
         return [[0]]
     distance = np.clip(1 - (agreement + agreement.T) / 2, 0, 2)
     np.fill_diagonal(distance, 0)
-    labels = fcluster(linkage(squareform(distance, checks=False), "average"), clusters, "maxclust")
+    tree = linkage(squareform(distance, checks=False), "average")
+    labels = fcluster(tree, clusters, "maxclust") if clusters else _best_silhouette(tree, distance)
     return [np.flatnonzero(labels == label).tolist() for label in sorted(set(labels))]
+
+
+def _best_silhouette(tree: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    from scipy.cluster.hierarchy import fcluster
+    from sklearn.metrics import silhouette_score
+
+    offered = [fcluster(tree, count, "maxclust") for count in range(2, 6)]
+    offered = [labels for labels in offered if 2 <= len(set(labels)) < len(distance)]
+    if not offered:  # two criteria, or all alike
+        return fcluster(tree, 2, "maxclust")
+    return max(offered, key=lambda labels: silhouette_score(distance, labels, metric="precomputed"))
 
 
 @dataclass
 class _Group:
-    """One group's criteria: names, ranks in 0..1, clusters of their indices, calibration factors."""
+    """One group's criteria: names, ranks in 0..1 (or what else is blended), clusters of their indices, factors."""
 
     names: list[str]
     ranks: np.ndarray
@@ -204,6 +229,7 @@ def _prepare(
     found: Mapping[str, Mapping[str, Tensor]],
     clusters: int,
     probe: int,
+    scale: str,
     seed: int,
 ) -> dict[str, _Group]:
     generator = torch.Generator().manual_seed(seed)
@@ -226,7 +252,8 @@ def _prepare(
             else:
                 sizes = {k: len(cluster) for cluster in sets for k in cluster}
                 factors = np.array([sizes[k] / len(scores) for k in range(len(scores))])
-            groups[name] = _Group(list(scores), ranks, sets, factors)
+            values = ranks if scale == "rank" else np.stack([_shares_of(score) for score in scores.values()])
+            groups[name] = _Group(list(scores), values, sets, factors)
     return groups
 
 
@@ -235,6 +262,13 @@ def _factors(ranks: np.ndarray, losses: np.ndarray) -> np.ndarray:
     rows = {str(k): torch.from_numpy(row) for k, row in enumerate(ranks)}
     agreement = criteria_agreement({**rows, "loss": torch.from_numpy(losses)})[-1, :-1]
     return np.where(agreement < 0, 0.0, np.clip(agreement, 0.05, 1.0))
+
+
+def _shares_of(score: Tensor) -> np.ndarray:
+    """Return scores divided by their sum, from their least on where one is negative."""
+    values = score.numpy().astype(np.float64)
+    values = values - min(0.0, float(values.min()))
+    return values / max(float(values.sum()), 1e-30)
 
 
 def _ranks(score: Tensor) -> np.ndarray:
@@ -260,10 +294,12 @@ def _blend(
 
 
 class _Judge:
-    """Minus the loss on held-out images of the network cut to the better share of every group."""
+    """Minus the loss (or the accuracy) on held-out images of the network cut to the better share of every group."""
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, fit: list, held: list, keep: float) -> None:
-        self.model, self.graph, self.fit, self.held, self.keep = model, graph, fit, held, keep
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, fit: list, held: list, keep: float, fitness: str = "loss"
+    ) -> None:
+        self.model, self.graph, self.fit, self.held, self.keep, self.fitness = model, graph, fit, held, keep, fitness
 
     def __call__(self, scores: Mapping[str, Tensor]) -> float:
         from convette.pruning.allocation import WidthRules, build_ladders
@@ -282,12 +318,14 @@ class _Judge:
             raise BudgetError(f"criterion blend: the network cannot be cut to keep={self.keep}: {error}") from error
         with torch.no_grad():
             _recalibrate(network, self.fit)
-            total = sum(
-                float(functional.cross_entropy(run(network, images), labels, reduction="sum"))
-                for images, labels in self.held
-            )
-        loss = total / sum(len(labels) for _, labels in self.held)
-        return -loss if np.isfinite(loss) else -1e30
+            total = sum(self._worth(run(network, images), labels) for images, labels in self.held)
+        worth = total / sum(len(labels) for _, labels in self.held)
+        return worth if np.isfinite(worth) else -1e30
+
+    def _worth(self, logits: Tensor, labels: Tensor) -> float:
+        if self.fitness == "accuracy":
+            return float((logits.argmax(dim=1) == labels).sum())
+        return -float(functional.cross_entropy(logits, labels, reduction="sum"))
 
 
 def _recalibrate(network: nn.Module, batches: Sequence[Any]) -> None:
