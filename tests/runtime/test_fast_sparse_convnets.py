@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from convette.cost import count
 from convette.errors import UsageError
 from convette.models import create_model
 from convette.runtime import fast_sparse_convnets as sparse
@@ -57,6 +58,29 @@ def test_negative_zero_is_a_zero_and_no_numba_is_no_trouble(monkeypatch):
     monkeypatch.setattr(sparse, "_kernels", lambda: (sparse._scipy_product, None))
     assert (multiply_packed(pack_sparse_1x1(matrix), x) == expected).all()
     assert (multiply_packed(pack_sparse_1x1(matrix), x, 0.0, 1.0) == expected.clip(0, 1)).all()
+    # What SciPy was given is dropped with the weights, and stays while they are there.
+    held = len(sparse._matrices)
+    packed = pack_sparse_1x1(matrix)
+    multiply_packed(packed, x)
+    multiply_packed(packed, x)
+    assert len(sparse._matrices) == held + 1
+    del packed
+    assert len(sparse._matrices) == held
+
+
+def test_mobilenet_v1_has_the_published_counts():
+    """95 % of its MACs are in 1x1 convolutions; with a tenth of their weights 83 million are left."""
+    model = create_model("timm:mobilenetv1_100", num_classes=1000, seed=0).eval()
+    found = count(model, torch.zeros(1, 3, 224, 224))
+    assert found.parameters == 4_231_976 and round(found.macs / 1e6, 1) == 568.7
+    pointwise = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)}
+    weights = sum(model.get_submodule(name).weight.numel() for name in pointwise)
+    macs = sum(layer.macs for layer in found.layers if layer.name in pointwise)
+    assert weights == 3_139_584 and round(macs / 1e6, 1) == 539.5
+    assert round((found.macs - 0.9 * macs) / 1e6) == 83
+    kept = sum(int(magnitude_mask(model.get_submodule(name).weight, 0.9).sum()) for name in pointwise)
+    assert kept == pytest.approx(0.314e6, abs=1e3)
+    assert (found.parameters - weights + kept) / 1e6 == pytest.approx(1.41, abs=0.005)
 
 
 def test_blocks_are_used_where_they_are_filled_to_nine_tenths():

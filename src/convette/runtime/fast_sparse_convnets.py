@@ -9,6 +9,7 @@ blocks and which layers are eligible are those of XNNPACK's implementation, writ
 """
 
 import time
+import weakref
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -156,7 +157,7 @@ def _kernels() -> tuple[Any, Any]:
     return run, depthwise
 
 
-_matrices: dict[int, tuple[SparseWeights, Any, np.ndarray]] = {}
+_matrices: dict[int, tuple[Any, np.ndarray]] = {}
 
 
 def _scipy_product(packed: SparseWeights, x: np.ndarray, low: np.float32, high: np.float32, out: np.ndarray) -> None:
@@ -164,9 +165,10 @@ def _scipy_product(packed: SparseWeights, x: np.ndarray, low: np.float32, high: 
 
     if id(packed) not in _matrices:
         matrix, bias = unpack(packed)
-        # The weights are kept beside it, so that their number is not given to others.
-        _matrices[id(packed)] = (packed, csr_matrix(matrix), bias)
-    _, sparse, bias = _matrices[id(packed)]
+        _matrices[id(packed)] = (csr_matrix(matrix), bias)
+        # Gone with the weights, before their number is given to others.
+        weakref.finalize(packed, _matrices.pop, id(packed), None)
+    sparse, bias = _matrices[id(packed)]
     np.clip(sparse @ x + bias[:, None], low, high, out=out)
 
 
