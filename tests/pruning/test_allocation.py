@@ -11,7 +11,8 @@ from convette.cost import Limit, WidthCost, count
 from convette.errors import BudgetError, StructureError, UsageError
 from convette.pruning import ALLOCATIONS, WidthRules, find_allocation, global_ranking, l1, per_layer, random, uniform
 from convette.pruning.allocation._ladder import _ladder
-from convette.surgery import Constraints, Group, Member, apply, trace
+from convette.surgery import Constraints, Group, Member, WidthConstraints, apply, trace
+from convette.surgery._constraints import _with
 
 NAMES = sorted(ALLOCATIONS)
 SEARCHED = ("evolution", "policy_gradient")  # seconds a call: each metric goes through the same predictions
@@ -113,15 +114,17 @@ def test_grouped_convolutions_stay_whole(name):
     assert count(model, example).macs == width_cost.macs(selection)
 
 
-def ladder(parts: int, rules: WidthRules, **constraints):
+def ladder(parts: int, least: int = 1, wanted: WidthConstraints | None = None, **constraints):
     member = Member("conv.weight", 0, torch.arange(12).view(12, 1), "producer", "conv")
-    group = Group("conv", 12, (member,), Constraints(parts=parts, **constraints))
+    group = _with(
+        Group("conv", 12, (member,), Constraints(parts=parts, **constraints)), wanted or WidthConstraints(), 12
+    )
     scores = torch.tensor([5.0, 1, 2, 9, 0, 7, 3, 8, 4, 6, 11, 10])
-    return _ladder(group, scores, rules)
+    return _ladder(group, scores, least)
 
 
 def test_equal_parts_keep_the_best_of_each():
-    built = ladder(3, WidthRules())
+    built = ladder(3)
     assert built.widths == (3, 6, 9, 12)
     assert built.kept(0).tolist() == [3, 7, 10]
     assert built.kept(1).tolist() == [0, 3, 5, 7, 10, 11]
@@ -129,11 +132,13 @@ def test_equal_parts_keep_the_best_of_each():
 
 
 def test_widths_follow_multiples_and_minima():
-    assert ladder(3, WidthRules(multiple_of=4)).widths == (12,)
-    assert ladder(1, WidthRules(multiple_of=4, minimum={"conv": 5})).widths == (8, 12)
-    assert ladder(1, WidthRules(multiple_of=5)).widths == (5, 10, 12)
-    assert ladder(1, WidthRules(), minimum=4, multiple_of=3).widths == (6, 9, 12)
-    assert ladder(1, WidthRules(multiple_of=16)).widths == (12,)
+    assert ladder(3, wanted=WidthConstraints(multiple_of=4)).widths == (12,)
+    assert ladder(1, 5, WidthConstraints(multiple_of=4)).widths == (8, 12)
+    assert ladder(1, wanted=WidthConstraints(4, minimum=5)).widths == (8, 12)
+    assert ladder(1, wanted=WidthConstraints(4, min_fraction=0.34)).widths == (8, 12)
+    assert ladder(1, wanted=WidthConstraints(5)).widths == (5, 10, 12)
+    assert ladder(1, minimum=4, multiple_of=3).widths == (6, 9, 12)
+    assert ladder(1, wanted=WidthConstraints(16)).widths == (12,)
 
 
 def test_global_takes_the_lowest_scores_wherever_they_are(network, graph, example):

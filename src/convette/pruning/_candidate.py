@@ -11,7 +11,7 @@ from convette.pruning._calibration import cut, loss_of_cuts
 from convette.pruning._cap_search import CapPoint, search_cap
 from convette.pruning._measured import MeasuredLimits, worst
 from convette.pruning._units import Scores
-from convette.pruning.allocation import WidthRules, allocate, build_ladders
+from convette.pruning.allocation import allocate, build_ladders
 from convette.pruning.allocation._search import predicted, smallest_selection
 from convette.pruning.criteria import score_units
 from convette.pruning.settings import PruneSettings
@@ -28,7 +28,6 @@ class Candidate:
     graph: ChannelGraph
     width_cost: WidthCost
     scores: Scores
-    rules: WidthRules
     settings: PruneSettings
     calibration: Sequence[tuple[Tensor, Tensor]]
 
@@ -51,7 +50,7 @@ class Candidate:
 
     def smallest(self) -> Selection:
         """Return the selection with everything scored at its minimum."""
-        return smallest_selection(build_ladders(self.scores, self.graph, self.rules))
+        return smallest_selection(build_ladders(self.scores, self.graph))
 
     def within(self, limits: Sequence[Limit]) -> Selection:
         """Return the selection that meets the (absolute, predictable) `limits`."""
@@ -65,7 +64,6 @@ class Candidate:
             self.graph,
             self.width_cost,
             limits,
-            rules=self.rules,
             loss=loss,
             seed=self.settings.seed,
             options=self.settings.allocation_options,
@@ -74,7 +72,7 @@ class Candidate:
 
 def prepare_candidate(
     free: ChannelGraph,
-    minimum: Mapping[str, int],
+    sizes: Mapping[str, int],
     settings: PruneSettings,
     calibration: Sequence[tuple[Tensor, Tensor]],
     step: int,
@@ -82,11 +80,12 @@ def prepare_candidate(
 ) -> Candidate:
     """Score the units of the network that `free` traces; `step` varies what is drawn at random.
 
-    `table` lets latency be predicted.
+    `sizes`: of the groups at the start, which shares are of. `table` lets latency be predicted.
     """
     network, example = free.model, free.example
     # What constraints leave alone the costs are predicted without them: they would hide sizes from the prediction.
-    graph = free.constrain(settings.constraints, allow_nothing=step > 1) if settings.constraints else free
+    may_be_nothing = step > 1 or not settings.constraints
+    graph = free.constrain(settings.width_constraints, sizes=sizes, allow_nothing=may_be_nothing)
     scores = score_units(
         settings.criterion,
         network,
@@ -95,9 +94,8 @@ def prepare_candidate(
         seed=settings.seed + step,
         options=settings.criterion_options,
     )
-    rules = WidthRules(settings.multiple_of, minimum)
     width_cost = LatencyCost(network, example, free, table) if table else WidthCost(network, example, free)
-    return Candidate(network, graph, width_cost, scores, rules, settings, calibration)
+    return Candidate(network, graph, width_cost, scores, settings, calibration)
 
 
 def check_reachable(candidate: Candidate, budget: Budget, start: Cost, measured: MeasuredLimits) -> Cost:

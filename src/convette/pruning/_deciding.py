@@ -20,6 +20,7 @@ from convette.pruning._candidate import (
     reach_measured,
 )
 from convette.pruning._predicting import make_table
+from convette.pruning._widths import sizes_of
 from convette.pruning.recovery import recalibrate
 from convette.training import distributed
 
@@ -69,12 +70,10 @@ def smallest_cost(run: "Run") -> Cost:
 
 
 def _candidate(run: "Run", network: nn.Module) -> Candidate:
-    minimum = run.minimum
+    sizes = run.sizes
     if network is not run.parent and run.step <= 1:
-        from convette.pruning._run import minimum_of
-
-        minimum = minimum_of(run.graph(network), run.settings.least_share)
-    return prepare_candidate(run.graph(network), minimum, run.settings, run.calibration(), run.step, run.table)
+        sizes = sizes_of(run.graph(network))
+    return prepare_candidate(run.graph(network), sizes, run.settings, run.calibration(), run.step, run.table)
 
 
 def _within(run: "Run", candidate: Candidate, whole: bool = True) -> Decision:

@@ -52,7 +52,7 @@ def make_method(settings: "PruneSettings", budget: Budget, calibration: list[Any
         allocation=settings.allocation,
         allocation_options=settings.allocation_options,
         multiple_of=settings.multiple_of,
-        min_fraction=settings.least_share,
+        min_fraction=settings.min_fraction,
         constraints=settings.constraints,
         calibration=calibration,
         seed=settings.seed,

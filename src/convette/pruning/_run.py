@@ -1,7 +1,6 @@
 """What a pruning run knows and does at one step; `schedule.prune` is the loop around it."""
 
 import copy
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +22,7 @@ from convette.pruning._in_training import make_method
 from convette.pruning._keeping_zeros import Sparsity, sparsity_to_keep
 from convette.pruning._measured import MEASURED, Measure, MeasuredLimits, engine_of
 from convette.pruning._store import StateStore, fingerprint
+from convette.pruning._widths import sizes_of
 from convette.pruning.frameworks import FRAMEWORKS, run_framework
 from convette.pruning.recovery import recalibrate, recover
 from convette.pruning.redistribution import redistribute
@@ -49,7 +49,7 @@ class Run:
     start: Cost
     limits: tuple[Limit, ...]
     measured: MeasuredLimits
-    minimum: Mapping[str, int]
+    sizes: Mapping[str, int]
     store: StateStore
     edits_before: int
     step: int = 0
@@ -83,7 +83,7 @@ class Run:
             "cap_start": self.cap_start,
             "reached": self.reached,
             "targets": [list(target) for target in self.targets],
-            "minimum": dict(self.minimum),
+            "sizes": dict(self.sizes),
             "table": self.table.to_json() if self.table else None,
             "records": [record.to_json() for record in self.records],
             "recovery": [epoch.to_json() for epoch in self.recovery],
@@ -110,7 +110,7 @@ class Run:
         self.reached, table = state.facts["reached"], state.facts["table"]
         self.table = LatencyTable.from_json(table) if table else None
         self.targets = [(metric, value) for metric, value in state.facts["targets"]]
-        self.minimum = state.facts["minimum"]
+        self.sizes = state.facts["sizes"]
         self.records = [StepRecord.from_json(record) for record in state.facts["records"]]
         self.recovery = [EpochRecord(**epoch) for epoch in state.facts["recovery"]]
         self.seconds_before = state.facts["seconds"]
@@ -138,7 +138,7 @@ class Run:
         if decision.blocks:
             say(f"pruning: {', '.join(decision.blocks)} left out")
             drop_blocks(network, decision.blocks)
-            self.minimum = minimum_of(self.graph(network), self.settings.least_share)
+            self.sizes = sizes_of(self.graph(network))
         if decision.selection:
             self.shrink(network, {name: torch.tensor(kept) for name, kept in decision.selection.items()})
         if self.data is not None and self.settings.recalibrate and (decision.selection or decision.blocks):
@@ -291,7 +291,6 @@ def prepare_run(
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     start = count(parent, example)
     counted = Budget(tuple(limit for limit in budget.limits if limit.metric not in MEASURED))
-    minimum = minimum_of(trace(parent, example), settings.least_share)
     chosen = asdict(train_settings) if train_settings else None
     parts = [str(budget), asdict(settings), chosen]
     parts += [images.fingerprint, images.preprocessing.to_json()] if images else []
@@ -306,16 +305,11 @@ def prepare_run(
         start=start,
         limits=counted.resolve(start).limits,
         measured=MeasuredLimits(budget.limits, parent, example, start.memory, measure),
-        minimum=minimum,
+        sizes=sizes_of(trace(parent, example)),
         store=StateStore(checkpoint_dir, fingerprint(parent, parts)),
         edits_before=len(structure_log(parent).edits),
         sparsity=sparsity_to_keep(parent, settings),
     )
-
-
-def minimum_of(graph: ChannelGraph, share: float) -> dict[str, int]:
-    """Return how many units of every group have to stay: `share` of them, rounded up."""
-    return {group.name: math.ceil(share * group.size) for group in graph.groups}
 
 
 def to_device(example: Any, device: torch.device | str) -> Any:

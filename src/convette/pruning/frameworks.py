@@ -28,7 +28,7 @@ FRAMEWORKS: dict[str, tuple[str, str]] = {
     ),
     "n2n": ("convette.pruning.n2n:N2NSettings", "convette.pruning.n2n.scheduled:run"),
 }
-_OWN = ("seed", "epochs", "criterion", "multiple_of", "min_fraction")
+_OWN = ("seed", "epochs", "criterion", "multiple_of", "min_fraction", "constraints")
 
 
 @dataclass(frozen=True)

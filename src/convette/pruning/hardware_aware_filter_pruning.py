@@ -215,7 +215,7 @@ def opti_cut(
     units lose several at a time. Returns the kept units of every group that loses some. Raises `BudgetError` with the
     smallest reachable cost. Costs groups x 8 cost predictions a unit removed; `loss` is not used.
     """
-    ladders = build_ladders(scores, graph, rules or WidthRules())
+    ladders = build_ladders(scores, graph, rules)
     limits = absolute_limits(limit)
 
     def fits(rungs: Rungs) -> bool:

@@ -201,7 +201,7 @@ def precropping(
     Returns the kept units of every group that loses some. Raises `BudgetError` with the smallest reachable cost. Costs
     a counting run and about 60 cost predictions; `loss` is not used.
     """
-    ladders = build_ladders(scores, graph, rules or WidthRules())
+    ladders = build_ladders(scores, graph, rules)
     limits = absolute_limits(limit)
     loads = layer_loads(graph)
     if density == "synexp":

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from convette.errors import UsageError, did_you_mean
 from convette.pruning import allocation, criteria, frameworks
 from convette.pruning._in_training import IN_TRAINING
+from convette.pruning._widths import width_constraints
 from convette.pruning.frameworks import FRAMEWORKS
 from convette.surgery import WidthConstraints
 
@@ -49,8 +50,8 @@ class PruneSettings:
       end of each stage as well, or "in_place", going on to learn itself.
     - `constraints`: what every cut keeps to, in a line: ``"multiple_of=8, minimum=16, whole_heads, keep stem*"``
       (`convette.surgery.WidthConstraints`).
-    - `multiple_of`: channels stay in multiples of this. `min_fraction`: this share of every group's units stays at
-      least.
+    - `multiple_of`: channels stay in multiples of this. `min_fraction`: this share of the units that every group had at
+      the start stays at least. Both are short for the same in `constraints`, and hold beside what is asked there.
     - `calibration_images`: training images for the criteria and allocations that need data.
     - `predictor`: what stands for a latency between two measurements: "macs", or "latency_table": layer times measured
       once at the start, which tell a fast layer from one that only counts less; the allocation then spends
@@ -108,12 +109,12 @@ class PruneSettings:
         for name, least in (("steps", 1), ("epochs", 0), ("multiple_of", 1), ("calibration_images", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"prune.{name} = {getattr(self, name)}: at least {least} is needed.")
-        try:
-            WidthConstraints.parse(self.constraints)
-        except UsageError as error:
-            raise UsageError(f"prune.constraints = {self.constraints!r}: {error}") from error
         if not 0 <= self.min_fraction <= 1:
             raise UsageError(f"prune.min_fraction = {self.min_fraction}: a share between 0 and 1 is needed.")
+        try:
+            _ = self.width_constraints
+        except UsageError as error:
+            raise UsageError(f"prune.constraints = {self.constraints!r}: {error}") from error
         if not 0 <= self.blocks <= 1:
             raise UsageError(f"prune.blocks = {self.blocks}: a share between 0 and 1 is needed.")
         if not 0 <= self.latency_margin < 0.5:
@@ -125,10 +126,9 @@ class PruneSettings:
         return self.steps if self.schedule == "iterative" else 1
 
     @property
-    def least_share(self) -> float:
-        """The share of every group's units that stays, by `min_fraction` and by the constraints."""
-        minimum = WidthConstraints.parse(self.constraints).minimum
-        return max(float(self.min_fraction), minimum if isinstance(minimum, float) and minimum <= 1 else 0.0)
+    def width_constraints(self) -> WidthConstraints:
+        """What every cut keeps to: `constraints`, `multiple_of` and `min_fraction` as one."""
+        return width_constraints(self.constraints, self.multiple_of, self.min_fraction)
 
     def epochs_of(self, step: int) -> int:
         """Return the recovery epochs of `step` (1-based); the network at its final size gets the remainder."""

@@ -17,7 +17,7 @@ from convette.surgery._groups import Constraints, Group, Member
 if TYPE_CHECKING:
     from convette.surgery._graph import ChannelGraph
 
-_WORDS = ("multiple_of", "minimum", "whole_heads", "keep")
+_WORDS = ("multiple_of", "minimum", "whole_heads", "keep", "min_fraction")
 _FORMS = "multiple_of=8, minimum=16 (or 10%), whole_heads, keep PATTERN"
 _HEADS = ("num_heads", "n_heads", "heads", "nhead")
 
@@ -31,6 +31,7 @@ class WidthConstraints:
     - `whole_heads`: attention loses whole heads only, no channels within heads.
     - `keep`: patterns of module names (``"stem*"``, ``"layer1.*"``); such layers keep their shape, inputs as well as
       outputs, and so does all that goes with their channels. A name stands for everything within it.
+    - `min_fraction`: the share of its channels that stays in every layer, beside a `minimum` in channels.
 
     Raises `UsageError` for values out of range.
     """
@@ -39,12 +40,15 @@ class WidthConstraints:
     minimum: int | float = 1
     whole_heads: bool = False
     keep: tuple[str, ...] = ()
+    min_fraction: float | int = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
             raise UsageError(f"constraints: multiple_of={self.multiple_of}: a whole number of at least 1 is needed.")
         if isinstance(self.minimum, bool) or self.minimum < 0 or (self.minimum > 1 and self.minimum % 1):
             raise UsageError(f"constraints: minimum={self.minimum}: a number of channels, or a share such as 10%.")
+        if isinstance(self.min_fraction, bool) or not 0 <= self.min_fraction <= 1:
+            raise UsageError(f"constraints: min_fraction={self.min_fraction}: a share between 0 and 1 is needed.")
         for pattern in self.keep:
             if not pattern or not re.fullmatch(r"[\w.*?\[\]!-]+", pattern):
                 raise UsageError(f"constraints: keep {pattern!r}: a pattern of module names, such as 'layer1.*'.")
@@ -76,6 +80,8 @@ class WidthConstraints:
         parts = [f"multiple_of={self.multiple_of}"] if self.multiple_of > 1 else []
         if self.minimum != 1:
             parts.append(f"minimum={self.minimum if isinstance(self.minimum, int) else f'{100 * self.minimum:g}%'}")
+        if self.min_fraction:
+            parts.append(f"min_fraction={100 * self.min_fraction:g}%")
         parts += ["whole_heads"] * self.whole_heads
         parts += [f"keep {pattern}" for pattern in self.keep]
         return ", ".join(parts)
@@ -87,16 +93,23 @@ def _value(part: str, word: str, text: str) -> int | float | bool:
             raise UsageError(f"constraints {part!r}: whole_heads stands alone.")
         return text.lower() != "false"
     try:
-        if word == "minimum" and text.endswith("%"):
+        if word in ("minimum", "min_fraction") and text.endswith("%"):
             return float(text[:-1]) / 100
+        if word == "min_fraction":
+            return float(text)
         return int(text)
     except ValueError:
         what = "a number of channels, or a share such as 10%" if word == "minimum" else "a whole number"
+        what = "a share such as 10%" if word == "min_fraction" else what
         raise UsageError(f"constraints {part!r}: {what} is needed.") from None
 
 
-def constrained(graph: "ChannelGraph", wanted: WidthConstraints, allow_nothing: bool) -> "ChannelGraph":
+def constrained(
+    graph: "ChannelGraph", wanted: WidthConstraints, allow_nothing: bool, sizes: Mapping[str, int]
+) -> "ChannelGraph":
     """Return `graph` with what is `wanted` added to the constraints of its groups; groups to keep are no longer in it.
+
+    Shares are of `sizes`, by group name, and of what a group has where it is not among them.
 
     Raises `StructureError` where a pattern fits no module, or (unless `allow_nothing`) nothing could be removed.
     """
@@ -105,7 +118,9 @@ def constrained(graph: "ChannelGraph", wanted: WidthConstraints, allow_nothing: 
         for group in graph.groups:
             if group.name not in kept and _splits_heads(graph.model, group):
                 kept[group.name] = "whole_heads"
-    groups = [_with(group, wanted) for group in graph.groups if group.name not in kept]
+    groups = [
+        _with(group, wanted, sizes.get(group.name, group.size)) for group in graph.groups if group.name not in kept
+    ]
     if graph.groups and not allow_nothing and not any(_smallest(group) < group.size for group in groups):
         widest = max((_channels(group) * group.size for group in graph.groups), default=0)
         raise StructureError(f"constraints {str(wanted)!r} leave nothing to remove (the widest layer has {widest}).")
@@ -139,10 +154,11 @@ def _fits(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(".".join(parts[: end + 1]), pattern) for end in range(len(parts)))
 
 
-def _with(group: Group, wanted: WidthConstraints) -> Group:
+def _with(group: Group, wanted: WidthConstraints, size: int) -> Group:
     rules = group.constraints
     least = wanted.minimum
-    many = math.ceil(least * group.size) if isinstance(least, float) and least <= 1 else _units(least, group)
+    many = math.ceil(least * size) if isinstance(least, float) and least <= 1 else _units(least, group)
+    many = max(many, math.ceil(wanted.min_fraction * size))
     step = math.lcm(rules.multiple_of, *(wanted.multiple_of // math.gcd(wanted.multiple_of, k) for k in _widths(group)))
     return replace(group, constraints=Constraints(rules.parts, max(rules.minimum, min(many, group.size)), step))
 

@@ -89,19 +89,22 @@ class ChannelGraph:
         minimum: int | float = 1,
         whole_heads: bool = False,
         keep: tuple[str, ...] | str = (),
+        min_fraction: float | int = 0.0,
         allow_nothing: bool = False,
+        sizes: Mapping[str, int] | None = None,
     ) -> "ChannelGraph":
         """Return this graph with constraints on every selection: ``graph.constrain("multiple_of=8, keep stem*")``.
 
         Given as `WidthConstraints`, as the text of one, or by its fields. Groups that must stay whole are no longer in
-        `groups` but in `kept`. Raises `StructureError` where a pattern fits no module or, unless `allow_nothing`,
+        `groups` but in `kept`. Shares are of `sizes` by group name, the units there were before earlier cuts, where
+        given. Raises `StructureError` where a pattern fits no module or, unless `allow_nothing`,
         nothing could be removed.
         """
         if isinstance(constraints, str):
             constraints = WidthConstraints.parse(constraints)
         patterns = (keep,) if isinstance(keep, str) else tuple(keep)
-        wanted = constraints or WidthConstraints(multiple_of, minimum, whole_heads, patterns)
-        return constrained(self, wanted, allow_nothing)
+        wanted = constraints or WidthConstraints(multiple_of, minimum, whole_heads, patterns, min_fraction)
+        return constrained(self, wanted, allow_nothing, sizes or {})
 
     def check(self, selection: Selection) -> None:
         """Raise `StructureError` where `selection` names an unknown group, is empty or out of range, or breaks a

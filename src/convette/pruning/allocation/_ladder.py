@@ -14,7 +14,7 @@ from convette.surgery import ChannelGraph, Group
 
 @dataclass(frozen=True)
 class WidthRules:
-    """What every selection has to keep to, beside the constraints of the groups themselves.
+    """What a selection has to keep to beside the constraints of the graph (`ChannelGraph.constrain`), which a run uses.
 
     `minimum`: how many units of a group must stay (by group name; at least one does anyway). `multiple_of`: channels
     that stay are a multiple of this, or all of them; engines with wide vector units often run 8, 16 or 32 faster.
@@ -56,27 +56,28 @@ class Ladder:
         return 1 - self.widths[rung] / self.size
 
 
-def build_ladders(scores: Scores, graph: ChannelGraph, rules: WidthRules) -> list[Ladder]:
+def build_ladders(scores: Scores, graph: ChannelGraph, rules: WidthRules | None = None) -> list[Ladder]:
     """Return a ladder for every group of `graph` that has scores; the others stay whole."""
-    return [_ladder(group, scores[group.name], rules) for group in graph.groups if group.name in scores and group.size]
+    if rules is not None and rules.multiple_of > 1:
+        graph = graph.constrain(multiple_of=rules.multiple_of, allow_nothing=True)
+    least = rules.minimum if rules is not None else {}
+    return [
+        _ladder(group, scores[group.name], least.get(group.name, 1))
+        for group in graph.groups
+        if group.name in scores and group.size
+    ]
 
 
-def _ladder(group: Group, score: Tensor, rules: WidthRules) -> Ladder:
+def _ladder(group: Group, score: Tensor, least: int = 1) -> Ladder:
     parts = group.constraints.parts
     # Equal numbers stay in every part: take the best of each part, then the second best of each ...
     by_part = score.view(parts, -1).sort(dim=1, descending=True, stable=True)
     offsets = torch.arange(parts).unsqueeze(1) * (group.size // parts)
     order = (by_part.indices + offsets).t().flatten()
     ranked = score[order]
-    per_unit = _channels_per_unit(group)
-    step = math.lcm(parts, group.constraints.multiple_of, rules.multiple_of // math.gcd(rules.multiple_of, per_unit))
-    least = min(max(rules.minimum.get(group.name, 1), group.constraints.minimum, 1), group.size)
+    step = math.lcm(parts, group.constraints.multiple_of)
+    least = min(max(least, group.constraints.minimum, 1), group.size)
     first = math.ceil(least / step) * step
     widths = (*range(first, group.size, step), group.size)
     blocks = tuple(float(ranked[low:high].mean()) for low, high in itertools.pairwise(widths))
     return Ladder(group.name, order, widths, blocks)
-
-
-def _channels_per_unit(group: Group) -> int:
-    producers = [member.index.shape[1] for member in group.members if member.role == "producer"]
-    return max(1, min(producers, default=1))

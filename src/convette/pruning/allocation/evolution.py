@@ -48,7 +48,7 @@ def evolution(
     if loss is None:
         raise UsageError("allocation evolution measures the loss: give a data set, or use global or uniform.")
     check_values("allocation evolution", evolution, population=population, generations=generations)
-    ladders = build_ladders(scores, graph, rules or WidthRules())
+    ladders = build_ladders(scores, graph, rules)
     limits = absolute_limits(limit)
     sizes = {ladder.name: ladder.size for ladder in ladders}
     draw = np.random.default_rng(seed)

@@ -70,7 +70,7 @@ def exact(
     a cost prediction for each rung and pair of groups, and the solver's time: a fraction of a second for the CIFAR
     ResNets. `loss` is not used. Source: knapsack pruning after Aflalo et al., arXiv 2002.08258.
     """
-    ladders = build_ladders(scores, graph, rules or WidthRules())
+    ladders = build_ladders(scores, graph, rules)
     check_values("allocation exact", exact, most_widths=most_widths, seconds=seconds)
     limits = absolute_limits(limit)
 

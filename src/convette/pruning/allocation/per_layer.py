@@ -45,7 +45,7 @@ def per_layer(
     if loss is None:
         raise UsageError("allocation per_layer measures the loss: give a data set, or use global or uniform.")
     check_values("allocation per_layer", per_layer, ratios=ratios)
-    ladders = build_ladders(scores, graph, rules or WidthRules())
+    ladders = build_ladders(scores, graph, rules)
     whole = float(loss({}))
     if not np.isfinite(whole):
         raise StructureError(f"allocation per_layer: the loss of the whole network on the calibration data is {whole}.")

@@ -64,7 +64,7 @@ def policy_gradient(
         "learning_rate": learning_rate,
     }
     check_values("allocation policy_gradient", policy_gradient, **options)
-    ladders = build_ladders(scores, graph, rules or WidthRules())
+    ladders = build_ladders(scores, graph, rules)
     limits = absolute_limits(limit)
     sizes = {ladder.name: ladder.size for ladder in ladders}
     seen: dict[tuple[int, ...], float] = {}

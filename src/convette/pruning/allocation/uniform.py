@@ -30,7 +30,7 @@ def uniform(
     Returns the kept units of every group that loses some. Raises `BudgetError` with the smallest reachable cost.
     Costs about log2(units) + groups cost predictions; `loss` is not used.
     """
-    ladders = build_ladders(scores, graph, rules or WidthRules())
+    ladders = build_ladders(scores, graph, rules)
     return cheapest_first(
         ladders, lambda ladder, block: ladder.removed_fraction(block), width_cost, limit, taken_back=1
     )

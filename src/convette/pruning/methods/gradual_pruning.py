@@ -1,6 +1,5 @@
 """Pruning while training: the network narrows under the live optimiser, a little at a time."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,12 @@ from convette.errors import UsageError
 from convette.pruning._calibration import draw_calibration, loss_of_cuts
 from convette.pruning._distributed import decided_by_main_rank
 from convette.pruning._measured import MEASURED
+from convette.pruning._widths import sizes_of, width_constraints
 from convette.pruning.allocation import NEED_DATA as NEED_LOSS
-from convette.pruning.allocation import WidthRules, allocate, find_allocation
+from convette.pruning.allocation import allocate, find_allocation
 from convette.pruning.allocation import check_options as check_allocation_options
 from convette.pruning.criteria import NEED_DATA, check_options, score_units
-from convette.surgery import ChannelGraph, WidthConstraints, trace
+from convette.surgery import ChannelGraph, trace
 from convette.training import Event, Method
 
 if TYPE_CHECKING:
@@ -92,9 +92,7 @@ class GradualPruning(Method):
             )
         check_options(criterion, criterion_options or {})
         check_allocation_options(allocation, allocation_options or {})
-        least = WidthConstraints.parse(constraints).minimum
-        # A share is one of what the training started with, not of what the last cut left.
-        least = least if isinstance(least, float) and least <= 1 else 0.0
+        self.wanted = width_constraints(constraints, multiple_of, min_fraction)
         self.calibration, self.data = list(calibration), data
         for what, chosen, needing, instead in (
             ("criterion", criterion, NEED_DATA, "l1, l2 or lamp"),
@@ -107,13 +105,13 @@ class GradualPruning(Method):
                 )
         self.criterion, self.criterion_options = criterion, dict(criterion_options or {})
         self.allocation, self.allocation_options = allocation, dict(allocation_options or {})
-        self.multiple_of, self.min_fraction = multiple_of, max(float(min_fraction), least)
         self.constraints, self.calibration_images = constraints, calibration_images
         self.begin, self.end, self.times, self.seed = float(begin), float(end), times, seed
         self.cuts = 0
         self.start: dict[str, float] = {}
         self.bounds: dict[str, float] = {}
-        self.minimum: dict[str, int] = {}
+        # Shares are of what the training started with, not of what the last cut left.
+        self.sizes: dict[str, int] = {}
 
     def apply(self, event: Event, trainer: "Trainer") -> None:
         """Cut where a cut is due."""
@@ -125,13 +123,13 @@ class GradualPruning(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the pruning is, and what its relative limits are relative to."""
-        return {"cuts": self.cuts, "start": self.start, "bounds": self.bounds, "minimum": self.minimum}
+        return {"cuts": self.cuts, "start": self.start, "bounds": self.bounds, "sizes": self.sizes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self.cuts = int(state["cuts"])
         self.start, self.bounds = dict(state["start"]), dict(state["bounds"])
-        self.minimum = {name: int(units) for name, units in state["minimum"].items()}
+        self.sizes = {name: int(units) for name, units in state["sizes"].items()}
 
     def _moment(self, cut: int, total: int) -> int:
         share = self.begin + (self.end - self.begin) * cut / max(1, self.times - 1)
@@ -151,7 +149,8 @@ class GradualPruning(Method):
             self._start_from(model, example, graph)
         # What constraints leave alone the costs are predicted without them: they would hide sizes from the prediction.
         free = graph
-        graph = free.constrain(self.constraints, allow_nothing=not first) if self.constraints else free
+        may_be_nothing = not first or not self.constraints
+        graph = free.constrain(self.wanted, sizes=self.sizes, allow_nothing=may_be_nothing)
         batches = self._batches(trainer)
         scores = score_units(
             self.criterion,
@@ -162,9 +161,8 @@ class GradualPruning(Method):
             options=self.criterion_options,
         )
         width_cost = WidthCost(model, example, free)
-        rules = WidthRules(self.multiple_of, self.minimum)
         if first:  # raises now, not when much has been trained, if the end cannot be reached
-            find_allocation("global")(scores, graph, width_cost, self._limits(1.0), rules=rules)
+            find_allocation("global")(scores, graph, width_cost, self._limits(1.0))
         limits = self._limits(1 - (1 - min(1.0, self.cuts / self.times)) ** 3)
         selection = allocate(
             self.allocation,
@@ -172,7 +170,6 @@ class GradualPruning(Method):
             graph,
             width_cost,
             limits,
-            rules=rules,
             loss=loss_of_cuts(model, graph, batches) if self.allocation in NEED_LOSS else None,
             seed=self.seed,
             options=self.allocation_options,
@@ -190,7 +187,7 @@ class GradualPruning(Method):
         cost = count(model, example)
         self.start = {limit.metric: float(cost.get(limit.metric)) for limit in self.budget.limits}
         self.bounds = {limit.metric: float(limit.value) for limit in self.budget.resolve(cost).limits}
-        self.minimum = {group.name: math.ceil(self.min_fraction * group.size) for group in graph.groups}
+        self.sizes = sizes_of(graph)
 
     def _limits(self, share: float) -> list[Limit]:
         limits = []

@@ -42,4 +42,12 @@ def run(run: "Run", network: nn.Module) -> Outcome:
 
 def _settings(run: "Run") -> N2NSettings:
     choices = run.settings
-    return framework_settings("n2n", choices.schedule_options, criterion=choices.criterion, seed=choices.seed)
+    return framework_settings(
+        "n2n",
+        choices.schedule_options,
+        criterion=choices.criterion,
+        multiple_of=choices.multiple_of,
+        min_fraction=choices.min_fraction,
+        constraints=choices.constraints,
+        seed=choices.seed,
+    )

@@ -16,6 +16,7 @@ from convette.errors import BudgetError, StructureError, UsageError
 from convette.pruning._blocks import drop_blocks, without_blocks
 from convette.pruning._calibration import draw_calibration
 from convette.pruning._reinforce import Reinforce
+from convette.pruning._widths import width_constraints
 from convette.pruning.allocation._ladder import Ladder, WidthRules, build_ladders
 from convette.pruning.allocation._search import selection_of
 from convette.pruning.criteria import NEED_DATA, score_units
@@ -40,7 +41,8 @@ class N2NSettings:
       in a short time need not end best. With 1, the best student is returned as the search trained it.
     - `metric`: the cost that is compressed ("macs", "parameters", "size"). `removal_rate`, `shrink_rate`: of learning.
     - `criterion`: which units stay in a shrunk group. `factors`: what a group may be multiplied by.
-    - `least`: channels of a group that stay at least (or all, of a smaller one).
+    - `least`: channels of a group that stay at least (or all, of a smaller one). `multiple_of`, `min_fraction`,
+      `constraints`: as in `PruneSettings`.
     """
 
     removal_epochs: int = 10
@@ -58,6 +60,9 @@ class N2NSettings:
     criterion: str = "l1"
     factors: tuple[float, ...] = FACTORS
     least: int = 10
+    multiple_of: int = 1
+    min_fraction: float | int = 0.0
+    constraints: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -290,7 +295,8 @@ class _Search:
         """Return the teacher without `blocks`, its graph and the order in which units go: the same for all its cuts."""
         if blocks not in self.bases:
             choices, model = self.settings, drop_blocks(copy.deepcopy(self.teacher), blocks)
-            graph, batches = trace(model, self.example), None
+            wanted = width_constraints(choices.constraints, choices.multiple_of, choices.min_fraction)
+            graph, batches = trace(model, self.example).constrain(wanted, allow_nothing=True), None
             if choices.criterion in NEED_DATA:
                 batches = draw_calibration(self.data, 256, seed=choices.seed, device="cpu")
             scores = score_units(choices.criterion, model, graph, batches, seed=choices.seed)

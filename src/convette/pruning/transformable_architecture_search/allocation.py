@@ -65,7 +65,7 @@ def differentiable_widths(
         )
     options = {"steps": steps, "size_rate": size_rate, "weight_rate": weight_rate, "budget_weight": budget_weight}
     check_values("allocation transformable_architecture_search", differentiable_widths, **options)
-    ladders = build_ladders(scores, graph, rules or WidthRules())
+    ladders = build_ladders(scores, graph, rules)
     limits = absolute_limits(limit)
     if all(float(predicted(width_cost, one.metric, {})) <= one.value for one in limits):
         return {}

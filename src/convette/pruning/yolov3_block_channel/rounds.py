@@ -29,7 +29,8 @@ class BlockChannelSettings:
       only those below it. One block of every stage (blocks that share a parent) stays.
     - `tied`: how the scales of layers that share a residual stream meet: "max" (default: a channel stays if any layer
       needs it), "mean", "min", "sum".
-    - `epochs`: of recovery a round, taught by the unpruned network. `multiple_of`, `min_fraction`: see `PruneSettings`.
+    - `epochs`: of recovery a round, taught by the unpruned network. `multiple_of`, `min_fraction`, `constraints`:
+      see `PruneSettings`.
     """
 
     rounds: int = 2
@@ -41,7 +42,8 @@ class BlockChannelSettings:
     tied: str = "max"
     epochs: int = 3
     multiple_of: int = 1
-    min_fraction: float = 0.1
+    min_fraction: float | int = 0.1
+    constraints: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -126,6 +128,7 @@ def block_then_channel(
             epochs=0,
             multiple_of=settings.multiple_of,
             min_fraction=settings.min_fraction,
+            constraints=settings.constraints,
             seed=settings.seed,
         )
         try:

@@ -44,6 +44,7 @@ def _settings(run: "Run") -> BlockChannelSettings:
         options,
         epochs=max(1, each - int(options["sparse_epochs"])),
         multiple_of=choices.multiple_of,
-        min_fraction=choices.least_share,
+        min_fraction=choices.min_fraction,
+        constraints=choices.constraints,
         seed=choices.seed,
     )
