@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import sys
 from functools import partial
 
 import pytest
@@ -27,7 +28,7 @@ from convette.pruning.dass import (
     to_sparse,
 )
 from convette.pruning.dass.cells import OPERATIONS
-from convette.pruning.dass.search import _step, phase_of
+from convette.pruning.dass.search import _step, collapsed, phase_of
 from convette.pruning.methods.dass import ScoreMasks, first_scores
 from convette.pruning.sparsity import unstructured_mask
 from convette.surgery import Origin, apply, trace
@@ -129,21 +130,42 @@ def test_a_separable_convolution_has_the_published_parameters():
     assert left == 2 * 128  # the pointwise ones at half; depthwise stay dense
 
 
-def test_without_sparsity_the_search_is_that_of_darts(few):
-    found = []
-    for objective in (True, False):
-        settings = DASSSettings(
-            sparsity=0.0,
-            channels=4,
-            cells=1,
-            epochs=2,
-            batch_size=256,
-            dense_share=0.0,
-            mask_share=0.0,
-            sparse_objective=objective,
-        )
-        found.append(search(few, settings))
-    assert found[0].genotype == found[1].genotype and found[0].history == found[1].history
+def test_without_sparsity_a_step_is_that_of_a_plain_network(few):
+    """One step of the operations and one of the weights, as DARTS of first order makes them with plain layers."""
+    torch.manual_seed(0)
+    sparse = CellNet(4, 1, in_channels=1, sparsity=0.0)
+    plain = CellNetwork(4, 1, in_channels=1)
+    plain.load_state_dict({name: v for name, v in sparse.state_dict().items() if not name.endswith("scores")})
+    first, second = torch.arange(6), torch.arange(6, 12)
+    sparse.train()
+    plain.train()
+    for net, weights in ((sparse, sparse.weight_parameters()), (plain, None)):
+        chosen = {id(parameter) for parameter in net.architecture()}
+        weights = weights or [p for p in net.parameters() if id(p) not in chosen]
+        for parameters, batch in ((net.architecture(), second), (weights, first)):
+            optimizer = torch.optim.SGD(parameters, 0.1)
+            if net is sparse:
+                _step(net, few, batch, optimizer, 5.0)
+                continue
+            net.zero_grad()
+            images = few.preprocessing(few.train.images(batch))
+            F.cross_entropy(net(images), few.train.labels[batch]).backward()
+            nn.utils.clip_grad_norm_(parameters, 5.0)
+            optimizer.step()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(sparse.state_dict()[name], value), name
+
+
+def test_a_search_that_collapses_to_skips_ends_with_the_cells_before(few, monkeypatch):
+    convolutions = Genotype((("sep_conv_3x3", 0), ("sep_conv_3x3", 1)) * 4, (("skip", 0), ("skip", 1)) * 4)
+    skips = Genotype((("skip", 0), ("skip", 1)) * 4, convolutions.reduction)
+    assert collapsed(skips, 2) and not collapsed(convolutions, 2) and not collapsed(skips, None)
+    seen = iter([convolutions, convolutions, convolutions, skips, skips])
+    monkeypatch.setattr(CellNet, "genotype", lambda self: next(seen))
+    monkeypatch.setattr(sys.modules[collapsed.__module__], "_step", lambda *args: 0.0)
+    settings = DASSSettings(0.5, 4, 1, 4, 64, dense_share=0.0, mask_share=0.5, most_skips=2)
+    found = search(few, settings)
+    assert found.genotype == convolutions and len(found.history) == 3
 
 
 def test_a_search_goes_through_its_phases(few):

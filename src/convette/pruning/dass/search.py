@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convette._progress import progress
+from convette._progress import note, progress
 from convette.data import ImageData
 from convette.errors import TrainingError, UsageError
 from convette.pruning.dass.cells import CellNet, Genotype
@@ -23,6 +23,8 @@ class DASSSettings:
     - `sparsity` (rho): of every sparse operation. `sparse_objective` False judges operations dense, as DARTS does.
     - `dense_share`, `mask_share`: of the epochs, for phase A (weights, masks off) and B (masks, weights frozen); the
       rest is C (weights under fixed masks). Operations are judged in B and C.
+    - `most_skips`: the search ends, with the cells of the epoch before, once the normal cell has more skips than this
+      (None: never): such searches collapse to skips, the sooner the sparser the convolutions.
     """
 
     sparsity: float = 0.9
@@ -37,6 +39,7 @@ class DASSSettings:
     operation_rate: float = 3e-4
     gradient_clip: float = 5.0
     sparse_objective: bool = True
+    most_skips: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,8 +75,7 @@ def search(data: ImageData, settings: DASSSettings | None = None) -> DASSResult:
         torch.manual_seed(settings.seed)
         shared: Any = {"in_channels": data.preprocessing.channels, "num_classes": data.num_classes}
         net = CellNet(settings.channels, settings.cells, sparsity=settings.sparsity, **shared)
-        history = _run(net, data, settings)
-        found = net.genotype()
+        history, found = _run(net, data, settings)
         model = CellNet(settings.channels, settings.cells, sparsity=settings.sparsity, genotype=found, **shared)
     return DASSResult(found, model, history)
 
@@ -86,7 +88,7 @@ def phase_of(epoch: int, settings: DASSSettings) -> str:
     return "masks" if share < settings.dense_share + settings.mask_share else "masked weights"
 
 
-def _run(net: CellNet, data: ImageData, settings: DASSSettings) -> tuple[tuple[str, float], ...]:
+def _run(net: CellNet, data: ImageData, settings: DASSSettings) -> tuple[tuple[tuple[str, float], ...], Genotype]:
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(settings.seed))
     halves = order.split((len(order) + 1) // 2)
     weights = torch.optim.SGD(net.weight_parameters(), settings.weight_rate, momentum=0.9, weight_decay=3e-4)
@@ -94,6 +96,7 @@ def _run(net: CellNet, data: ImageData, settings: DASSSettings) -> tuple[tuple[s
     operations = torch.optim.Adam(net.architecture(), settings.operation_rate, betas=(0.5, 0.999), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(weights, settings.epochs, 1e-3)
     draw, history = torch.Generator().manual_seed(settings.seed + 1), []
+    found = net.genotype()
     net.train()
     with progress("DASS", settings.epochs, "epoch") as advance:
         for epoch in range(settings.epochs):
@@ -112,7 +115,17 @@ def _run(net: CellNet, data: ImageData, settings: DASSSettings) -> tuple[tuple[s
             schedule.step()
             history.append((phase, total / max(1, steps)))
             advance(1, detail=phase)
-    return tuple(history)
+            now = net.genotype()
+            if epoch and phase != "weights" and collapsed(now, settings.most_skips):
+                note(f"DASS: more than {settings.most_skips} skips after epoch {epoch + 1}; the search ends here")
+                break
+            found = now
+    return tuple(history), found
+
+
+def collapsed(genotype: Genotype, most_skips: int | None) -> bool:
+    """Tell whether the normal cell has more than `most_skips` skips."""
+    return most_skips is not None and sum(name == "skip" for name, _ in genotype.normal) > most_skips
 
 
 def _pairs(
