@@ -181,6 +181,7 @@ def _timed(
     with torch.no_grad():
         sizes = {name: len(encode(sent(raw[:1]).numpy())) + LENGTH_BYTES for name, (_, sent) in ways.items()}
         expected = max(sizes.values()) / rate + 2 * latency
+        patience = 30 + 3 * expected
         # Over a slow link a few images say as much.
         raw = raw[: max(2, min(len(raw), int(MOST_SECONDS / expected)))]
         whole(raw[:1])
@@ -191,9 +192,9 @@ def _timed(
     failures: list[str] = []
     for name, (server_runs, sent) in ways.items():
         with (
-            EdgeServer(server_runs) as server,
+            EdgeServer(server_runs, timeout=patience) as server,
             ShapedLink(server.address, rate, latency) as link,
-            EdgeClient(sent, whole, link.address, timeout=30 + 3 * expected) as client,
+            EdgeClient(sent, whole, link.address, timeout=patience) as client,
         ):
             answers = [client(image) for image in raw.split(1)]
         seconds[name] = sum(answer.seconds for answer in answers) / len(answers)
