@@ -41,13 +41,56 @@ def page(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> 
         "",
         "![Accuracy by criterion](pruning-table.svg)",
         "",
+        *best(found["arms"]),
         *sections(found, ""),
     ]
     for other in others:
         lines += sections(other, f", {spent(other)}")
     for each in (found, *others):
-        lines += [f"Command: `{each['command']}` (the last sitting), on {each['machine']}; {each['versions']}.", ""]
-    return "\n".join(lines)
+        lines += [f"Made by {commands(each)}, in several sittings, on {each['machine']}; {each['versions']}.", ""]
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def best(arms: Mapping[str, Any]) -> list[str]:
+    """Return a table of the best criterion of each kind: ours on all layers, ours on inner layers, Torch-Pruning's."""
+    networks, criteria, speedups, recoveries = measured(arms)
+    kinds = {
+        "ours": [name for name in criteria if name not in (*INNER, *THEIRS)],
+        "ours, inner layers": [name for name in criteria if name in INNER],
+        "Torch-Pruning's": [name for name in criteria if name in THEIRS],
+    }
+    shown = [*recoveries, BOTH]
+    lines = [
+        "The best of each kind, chosen after the fact out of "
+        + ", ".join(f"{len(names)} ({kind})" for kind, names in kinds.items())
+        # More tries have the luckier best.
+        + "; the more there are, the luckier the best one; the last column only among those further down:",
+        "",
+        "| network | MACs | criteria | " + " | ".join(SHOWN[r] for r in shown) + " |",
+        "|---" * (len(shown) + 3) + "|",
+    ]
+    for network in networks:
+        for speedup in speedups:
+            for kind, names in kinds.items():
+                cells = []
+                for recovery in shown:
+                    values = {n: mean_of(arms, network, n, speedup, recovery) for n in names}
+                    known = {n: value for n, value in values.items() if value is not None}
+                    top = max(known, key=lambda n: known[n]) if known else None
+                    cells.append(f"{100 * known[top]:.1f} `{top}`" if top else "")
+                lines.append(f"| {network} | 1/{speedup:g} | {kind} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def commands(found: Mapping[str, Any]) -> str:
+    """Return the commands that fill the file, whatever part of them the last sitting was."""
+    allocation = found["choices"]["allocation"]
+    options = "" if allocation == "uniform" else f" --allocation {allocation} --out pruning_table_{allocation}.json"
+    return " and ".join(
+        f"`python benchmarks/pruning_table.py --networks {network} "
+        f"--training-images {found['arms'][f'{network} unpruned']['training_images']}{options}`"
+        for network in measured(found["arms"])[0]
+    )
 
 
 def spent(found: Mapping[str, Any]) -> str:
@@ -159,8 +202,9 @@ def picture(found: Mapping[str, Any], path: Path) -> None:
             axis.set_yticks(range(len(criteria)), criteria, fontsize=7)
             axis.grid(axis="x", linewidth=0.3)
             axis.tick_params(axis="x", labelsize=7)
-        axes[row][0].invert_yaxis()
-    axes[0][0].legend(fontsize=7, loc="lower right")
+    # The rows share one axis: the first criterion on top.
+    axes[0][0].set_ylim(len(criteria) - 0.4, -0.6)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="upper right", ncols=len(recoveries))
     figure.supxlabel("test accuracy, %", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.985))
     figure.savefig(path, metadata={"Date": None})
