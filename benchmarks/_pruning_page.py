@@ -85,11 +85,19 @@ def best(arms: Mapping[str, Any]) -> list[str]:
 def commands(found: Mapping[str, Any]) -> str:
     """Return the commands that fill the file, whatever part of them the last sitting was."""
     allocation = found["choices"]["allocation"]
-    options = "" if allocation == "uniform" else f" --allocation {allocation} --out pruning_table_{allocation}.json"
+    networks, criteria, _, _ = measured(found["arms"])
+    recoveries = {name.split()[3] for name in found["arms"] if not name.endswith("unpruned")}
+    options = ""
+    if allocation != "uniform":
+        options += f" --allocation {allocation} --out benchmarks/results/pruning_table_{allocation}.json"
+    if criteria != ARMS:
+        options += f" --criteria {' '.join(criteria)}"
+    if not recoveries.issuperset(RECOVERIES):
+        options += f" --recoveries {' '.join(name for name in SHOWN if name in recoveries)}"
     return " and ".join(
         f"`python benchmarks/pruning_table.py --networks {network} "
         f"--training-images {found['arms'][f'{network} unpruned']['training_images']}{options}`"
-        for network in measured(found["arms"])[0]
+        for network in networks
     )
 
 
