@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from convette.cost import WidthCost, count
 from convette.errors import BudgetError, UsageError
 from convette.models import create_model
 from convette.pruning import channel_utility, grad_change
+from convette.pruning._calibration import draw_calibration
+from convette.pruning.criteria import score_units
 from convette.pruning.criteria._observing import find_readers, sample_saliencies
 from convette.pruning.methods import DynamicChannelPropagation, ProgressiveGradientPruning
 from convette.pruning.methods.dynamic_channel_propagation import Gatekeeper, open_units
 from convette.surgery import apply, structure_log, trace
-from convette.training import Event, Method, TrainSettings, train
+from convette.training import Event, Method, TrainSettings, make_method, train
 
 QUICK = TrainSettings(epochs=4, batch_size=128, learning_rate=0.05, augmentation=(), precision="fp32")
 
@@ -111,6 +114,125 @@ def test_a_filter_that_starts_again_gets_gradients(digits):
     assert revived.moved and all(revived.moved)
 
 
+def test_psfp_is_a_choice_of_criterion_share_and_decay(digits):
+    method = ProgressiveGradientPruning(0.4, epochs=8, criterion="l2", remove=0.0, decay="psfp")
+    shares = [1 - method.allowed(10**6, epoch) / 10**6 for epoch in range(1, 9)]
+    assert shares[0] == pytest.approx(0.25 * 0.4, rel=2e-3) and shares[-1] == pytest.approx(0.4)
+    gone = [later - before for before, later in zip([0.0, *shares], shares, strict=False)]
+    assert gone == sorted(gone, reverse=True) and min(gone) > 0
+    watch = Watch()
+    method = ProgressiveGradientPruning(0.5, epochs=3, criterion="l2", remove=0.0, decay="psfp")
+    model = train(net(), digits, QUICK, methods=(method, watch), device="cpu").model
+    assert (model[0].out_channels, model[3].out_channels) == (5, 6)
+    # Sizes hold until the one cut; the zeros grow with the curve, momenta too.
+    assert set(watch.sizes) == {(10, 12), (5, 6)} and method.changes == {}
+    assert watch.zeros[:3] == [(0, 0)] + [(10 - method.allowed(10, epoch),) * 2 for epoch in (1, 2)]
+
+
+class Asked(ProgressiveGradientPruning):
+    """Notes the scores and what stays; keeps network, momenta and graph as they are before the second decision."""
+
+    def _scores(self, trainer):
+        self.worth = super()._scores(trainer)
+        return self.worth
+
+    def _cut(self, trainer):
+        first = not hasattr(self, "before")
+        if first:
+            momenta = trainer.state.optimizers["main"].state
+            named = dict(trainer.state.model.named_parameters())
+            self.before = copy.deepcopy(trainer.state.model)
+            self.momenta = {n: momenta[p]["momentum_buffer"].clone() for n, p in named.items()}
+        graph = self._graph
+        super()._cut(trainer)
+        if first:
+            self.graph, self.kept, self.reset = graph, *(self.decided[key] for key in ("kept", "reset"))
+
+    def _choose(self, worth):
+        self.decided = super()._choose(worth)
+        return self.decided
+
+
+@pytest.mark.parametrize("criterion", ["l2", "taylor", "grad_change"])
+def test_any_criterion_says_what_goes(digits, criterion):
+    made = make_method(Asked, {"rate": 0.5, "epochs": 1, "criterion": criterion, "calibration_images": 64}, digits)
+    model = train(net(), digits, replace(QUICK, epochs=1), methods=(made,), device="cpu").model
+    assert (model[0].out_channels, model[3].out_channels) == (5, 6)
+    batches = draw_calibration(digits, 64, seed=0, device="cpu")
+    scores = score_units(criterion, made.before, made.graph, batches, seed=1)
+    for name, kept in made.kept.items():
+        assert sorted(kept) == sorted(scores[name].topk(len(kept)).indices.tolist())
+        assert len(kept) == made.graph[name].size // 2
+
+
+def test_a_group_that_the_criterion_does_not_score_stays(digits):
+    method = ProgressiveGradientPruning(0.5, epochs=1, criterion="bn_scale")
+    model = train(net(), digits, replace(QUICK, epochs=1), methods=(method,), device="cpu").model
+    assert (model[0].out_channels, model[3].out_channels) == (5, 12)
+
+
+def test_a_step_after_the_cut_is_the_step_of_the_masked_network(digits):
+    """No norm, no ReLU: what is kept must move as in the network before the cut, its weak units silent."""
+
+    class First(Method):
+        """Keeps the batch and the network of the first step after the cut."""
+
+        name = "first"
+        order = 100
+        events = frozenset({Event.AFTER_TRANSFORM, Event.AFTER_OPTIMIZER_STEP})
+
+        def apply(self, event, trainer):
+            state = trainer.state
+            if not hasattr(method, "kept") or hasattr(self, "after"):
+                return
+            if event is Event.AFTER_TRANSFORM:
+                self.images, self.targets = state.images.clone(), state.targets.clone()
+                self.start = {n: p.detach().clone() for n, p in state.model.named_parameters()}
+                moved = state.optimizers["main"].state
+                self.momenta = {n: moved[p]["momentum_buffer"].clone() for n, p in state.model.named_parameters()}
+                self.group = {k: state.optimizers["main"].param_groups[0][k] for k in ("momentum", "nesterov")}
+            else:
+                self.rates = [group["lr"] for group in state.optimizers["main"].param_groups]
+                self.after = {n: p.detach().clone() for n, p in state.model.named_parameters()}
+
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Conv2d(1, 10, 3, padding=1, stride=2), nn.Flatten(), nn.Linear(10 * 16, 10))
+    method, first = Asked(0.6, epochs=2, remove=0.5), First()
+    settings = replace(QUICK, weight_decay=0.0, label_smoothing=0.0, gradient_clip=None, epochs=3)
+    train(linear, digits, settings, methods=(method, first), device="cpu")
+
+    (kept,), (reset,) = method.kept.values(), method.reset.values()
+    gone = sorted(set(range(10)) - set(kept))
+    assert (len(gone), len(reset)) == (1, 2) and set(reset) < set(kept)
+    silent = torch.tensor([*gone, *reset])
+    stay = torch.tensor([unit for unit in kept if unit not in reset])
+    place = torch.tensor([kept.index(int(unit)) for unit in stay])
+    # What was kept is as it was, bit for bit; what starts again is zero, and has forgotten.
+    rows = [kept.index(unit) for unit in reset]
+    for before, found in ((method.before.state_dict(), first.start), (method.momenta, first.momenta)):
+        assert all(torch.equal(found[key][place], before[key][stay]) for key in ("0.weight", "0.bias"))
+        assert all((found[key][rows] == 0).all() for key in ("0.weight", "0.bias"))
+        columns = before["2.weight"].view(10, 10, 16)
+        assert torch.equal(found["2.weight"].view(10, -1, 16), columns[:, kept])
+
+    masked = method.before.train()
+    optimizer = torch.optim.SGD(masked.parameters(), lr=first.rates[0], **first.group)
+    for key, parameter in masked.named_parameters():
+        optimizer.state[parameter]["momentum_buffer"] = method.momenta[key].clone()
+    mask = torch.ones(10)
+    mask[silent] = 0
+    F.cross_entropy(masked[2](masked[1](masked[0](first.images) * mask[:, None, None])), first.targets).backward()
+    optimizer.step()
+    expected = dict(masked.named_parameters())
+    assert len(set(first.rates)) == 1
+    for key in ("0.weight", "0.bias"):
+        assert torch.allclose(first.after[key][place], expected[key][stay], atol=1e-6)
+        assert not torch.allclose(first.after[key][place], first.start[key][place], atol=1e-5)
+    columns = expected["2.weight"].view(10, 10, 16)
+    assert torch.allclose(first.after["2.weight"].view(10, -1, 16)[:, place], columns[:, stay], atol=1e-6)
+    assert torch.allclose(first.after["2.bias"], expected["2.bias"], atol=1e-6)
+
+
 def test_gradients_summed_and_gradients_by_batch(network, graph, batches):
     summed = grad_change(network, graph, batches, normalise="none")
     apart = grad_change(network, graph, batches, mode="per_batch", normalise="none")
@@ -127,6 +249,7 @@ def test_gradients_summed_and_gradients_by_batch(network, graph, batches):
     "make",
     [
         lambda: ProgressiveGradientPruning(epochs=3),
+        lambda: ProgressiveGradientPruning(epochs=3, criterion="random", decay="psfp"),
         lambda: DynamicChannelPropagation(0.4, explore=0.0),
     ],
 )
@@ -269,6 +392,16 @@ def test_channel_utility_does_not_cancel_over_images(network, graph, batches):
 def test_what_cannot_be_asked_for_is_named(digits):
     with pytest.raises(UsageError, match="mode='perbatch'"):
         ProgressiveGradientPruning(mode="perbatch")
+    with pytest.raises(UsageError, match="decay='fast'"):
+        ProgressiveGradientPruning(decay="fast")
+    with pytest.raises(UsageError, match="l2_norm"):
+        ProgressiveGradientPruning(criterion="l2_norm")
+    with pytest.raises(UsageError, match="not of criterion l2"):
+        ProgressiveGradientPruning(criterion="l2", mode="accumulate")
+    with pytest.raises(UsageError, match="criterion taylor needs calibration"):
+        ProgressiveGradientPruning(criterion="taylor")
+    with pytest.raises(UsageError, match="without a criterion"):
+        ProgressiveGradientPruning(criterion_options={"normalise": "max"})
     with pytest.raises(UsageError, match="rate=1"):
         ProgressiveGradientPruning(1.0)
     with pytest.raises(UsageError, match="epochs=9, but the training has 4"):

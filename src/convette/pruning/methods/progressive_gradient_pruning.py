@@ -5,18 +5,21 @@ is reset keeps its batch norm, so that its gradients do not vanish and it can co
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from convette.cost import Budget, WidthCost, count
+from convette.data import ImageData
 from convette.errors import BudgetError, UsageError
 from convette.layers._watching import in_eval
+from convette.pruning._calibration import draw_calibration
 from convette.pruning._distributed import decided_by_main_rank
 from convette.pruning._units import tensors_of
 from convette.pruning.allocation import WidthRules, build_ladders
+from convette.pruning.criteria import NEED_DATA, check_options, score_units
 from convette.pruning.criteria.grad_change import made_by, sums_of_units
 from convette.pruning.methods._units import check_groups, clear_state, groups_of
 from convette.pruning.methods.gradual_pruning import one_image
@@ -26,6 +29,7 @@ from convette.training import Event, Method
 if TYPE_CHECKING:
     from convette.training import Trainer
 
+_PSFP = -math.log(0.147)  # k E of the sheet's curve: a quarter of the rate at an eighth of the epochs
 _LIVELY = 1e-2  # the least shift of a norm behind a reset filter: with none, ReLU would stop its gradients
 
 
@@ -34,18 +38,23 @@ class ProgressiveGradientPruning(Method):
 
     After epoch e of the E pruning epochs a group of N_0 units at the start may have
 
-    .. math:: n(e) = N_0\,(1 - p)^{e/E} \qquad (\text{"linear"}: N_0 (1 - p\,e/E))
+    .. math:: n(e) = N_0\,(1 - p)^{e/E}, \qquad \text{"linear"}: N_0 (1 - p\,e/E), \qquad
+        \text{"psfp"}: N_0 \Bigl(1 - p\,\frac{1 - 0.147^{e/E}}{1 - 0.147}\Bigr)
 
-    Of the units above that, those with the least gradient, the share `remove` is cut out of the network under the live
-    optimiser; the others' weights and momenta are set to zero and they stay to learn anew. In the last pruning epoch
-    all of them are cut, which leaves N_0 - floor(p N_0) units.
+    Of the units above that, those with the least gradient (or the least by `criterion`), the share `remove` is cut out
+    of the network under the live optimiser; the others' weights and momenta are set to zero and they stay to learn
+    anew. In the last pruning epoch all of them are cut, which leaves N_0 - floor(p N_0) units.
 
     - `rate` (p, default 0.5): the share of every group's units that goes; or `budget`: limits on macs, parameters or
       size, from which the smallest such p follows.
     - `epochs` (E): by default 0.6 of the training's. `remove` (0.5): 1 is purely hard, 0 purely soft pruning.
     - `mode`: "per_batch" (default, RPGP) sums the gradients' L1 norms while training, at no cost; "accumulate" (PGP)
       runs once more over the training set at fixed weights, at most `passes` batches of it (None: all).
-    - `decay`: "exponential" or "linear". `groups`: "all", or "inner" ones only (no residual streams).
+    - `criterion`: the name of any criterion in place of the change by gradient, scored anew after each epoch, with
+      `criterion_options`. Those that need images take `calibration`, batches of (images, labels) ready for the network,
+      or `calibration_images` drawn from `data` by `seed` (a recipe fills `data` in). Groups it does not score stay.
+    - `decay`: "exponential", "linear" or "psfp", which starts fast. ``criterion="l2", remove=0, decay="psfp"`` is
+      progressive soft filter pruning. `groups`: "all", or "inner" ones only (no residual streams).
 
     Raises `UsageError` for choices that cannot be, `BudgetError` for a budget that no p meets. The network keeps at
     least one unit a group. Fewer units, faster epochs; nothing remains at inference.
@@ -67,10 +76,16 @@ class ProgressiveGradientPruning(Method):
         passes: int | None = None,
         decay: str = "exponential",
         groups: str = "all",
+        criterion: str | None = None,
+        criterion_options: Mapping[str, Any] | None = None,
+        calibration_images: int = 256,
+        calibration: Iterable[tuple[Tensor, Tensor]] = (),
+        data: ImageData | None = None,
+        seed: int = 0,
     ) -> None:
         for option, value, known in (
             ("mode", mode, ("per_batch", "accumulate")),
-            ("decay", decay, ("exponential", "linear")),
+            ("decay", decay, ("exponential", "linear", "psfp")),
         ):
             if value not in known:
                 raise UsageError(f"{self.name}: {option}={value!r} is none of {', '.join(map(repr, known))}.")
@@ -79,6 +94,10 @@ class ProgressiveGradientPruning(Method):
                 f"{self.name}: rate={rate} and remove={remove} must be shares, epochs={epochs} at least 1."
             )
         check_groups(groups, self.name)
+        self.calibration, self.data = list(calibration), data
+        self.criterion, self.criterion_options = criterion, dict(criterion_options or {})
+        self.calibration_images, self.seed = calibration_images, seed
+        self._check_criterion(mode, passes)
         self.rate, self.remove, self.mode, self.passes = float(rate), float(remove), mode, passes
         self.budget, self.epochs, self.decay, self.groups = budget, epochs, decay, groups
         self.done = 0
@@ -92,12 +111,12 @@ class ProgressiveGradientPruning(Method):
             self._graph = trace(trainer.state.model, one_image(trainer.state.example))
             if not self.sizes:
                 self._begin(trainer)
-        elif event is Event.GRADIENTS_READY and self.mode == "per_batch" and self.done < (self.epochs or 0):
+        elif event is Event.GRADIENTS_READY and self._gathers and self.done < (self.epochs or 0):
             for name, change in self._norms(trainer).items():
                 self.changes[name] = self.changes[name] + change if name in self.changes else change
         elif event is Event.EPOCH_END and self.done < (self.epochs or 0):
             self.done += 1
-            if self.mode == "accumulate":
+            if self.criterion is None and self.mode == "accumulate":
                 self.changes = self._once_more(trainer)
             self._cut(trainer)
 
@@ -117,8 +136,36 @@ class ProgressiveGradientPruning(Method):
         total = self.epochs or 1
         if epoch >= total:
             return max(1, size - math.floor(size * self.rate + 1e-9))
-        share = (1 - self.rate) ** (epoch / total) if self.decay == "exponential" else 1 - self.rate * epoch / total
+        if self.decay == "exponential":
+            share = (1 - self.rate) ** (epoch / total)
+        elif self.decay == "linear":
+            share = 1 - self.rate * epoch / total
+        else:
+            share = 1 - self.rate * math.expm1(-_PSFP * epoch / total) / math.expm1(-_PSFP)
         return max(1, math.ceil(size * share - 1e-9))
+
+    @property
+    def _gathers(self) -> bool:
+        return self.criterion is None and self.mode == "per_batch"
+
+    def _check_criterion(self, mode: str, passes: int | None) -> None:
+        if self.criterion is None:
+            if self.criterion_options:
+                raise UsageError(f"{self.name}: criterion_options without a criterion; name one.")
+            return
+        if mode != "per_batch" or passes is not None:
+            raise UsageError(
+                f"{self.name}: mode and passes are of the change by gradient, not of criterion {self.criterion}; leave"
+                " them out, or the criterion."
+            )
+        check_options(self.criterion, self.criterion_options)
+        if self.calibration_images < 1:
+            raise UsageError(f"{self.name}: calibration_images={self.calibration_images}; at least 1.")
+        if self.criterion in NEED_DATA and not self.calibration and self.data is None:
+            raise UsageError(
+                f"{self.name}: criterion {self.criterion} needs calibration batches, or data to draw them from; give"
+                " them, or use l1, l2 or lamp."
+            )
 
     def _begin(self, trainer: "Trainer") -> None:
         total = sum(stage.settings.epochs for stage in trainer.plan)
@@ -126,7 +173,8 @@ class ProgressiveGradientPruning(Method):
         if self.epochs > total:
             raise UsageError(f"{self.name}: epochs={self.epochs}, but the training has {total}.")
         assert self._graph is not None
-        self.sizes = {group.name: group.size for group in groups_of(self._graph, self.groups)}
+        scored = decided_by_main_rank(lambda: self._scored(trainer))
+        self.sizes = {group.name: group.size for group in groups_of(self._graph, self.groups) if group.name in scored}
         if self.budget is not None:
             self.rate = self._rate_for(trainer, Budget.parse(self.budget))
 
@@ -144,6 +192,34 @@ class ProgressiveGradientPruning(Method):
             if all(costs[limit.metric](selection) <= limit.value for limit in limits):
                 return self.rate
         raise BudgetError(f"{self.name}: no share of every layer meets {budget}; use `prune`, which cuts further.")
+
+    def _scored(self, trainer: "Trainer") -> list[str]:
+        """Return the groups that will have scores."""
+        if self.criterion is not None:
+            return sorted(self._scores(trainer))
+        assert self._graph is not None
+        tensors = tensors_of(trainer.state.model)
+        return sorted(
+            sums_of_units(self._graph, {n: torch.zeros_like(tensors[n]) for n in made_by(self._graph, tensors)})
+        )
+
+    def _scores(self, trainer: "Trainer") -> dict[str, Tensor]:
+        """Return what each unit is worth after this epoch."""
+        model, graph = trainer.state.model, self._graph
+        assert graph is not None
+        if self.criterion is None:
+            return self.changes
+        if self.criterion in NEED_DATA and not self.calibration and self.data is not None:
+            device = trainer.state.device
+            self.calibration = draw_calibration(self.data, self.calibration_images, seed=self.seed, device=device)
+        return score_units(
+            self.criterion,
+            model,
+            graph,
+            self.calibration or None,
+            seed=self.seed + self.done,
+            options=self.criterion_options,
+        )
 
     def _norms(self, trainer: "Trainer") -> dict[str, Tensor]:
         assert self._graph is not None
@@ -171,18 +247,18 @@ class ProgressiveGradientPruning(Method):
 
     def _cut(self, trainer: "Trainer") -> None:
         assert self._graph is not None and self.epochs is not None
-        decision = decided_by_main_rank(self._choose)
+        decision = decided_by_main_rank(lambda: self._choose(self._scores(trainer)))
         self.changes = {}
         self._reset(trainer, decision["reset"])
         kept = {name: torch.tensor(units) for name, units in decision["kept"].items()}
         if kept:
             trainer.edit_structure([self._graph.shrink(kept)])
 
-    def _choose(self) -> dict[str, dict[str, list[int]]]:
+    def _choose(self, worth: Mapping[str, Tensor]) -> dict[str, dict[str, list[int]]]:
         """Return which units stay, of every group that loses some, and which start again."""
         assert self._graph is not None and self.epochs is not None
         share = 1.0 if self.done >= self.epochs else self.remove
-        scores = {name: change for name, change in self.changes.items() if name in self.sizes}
+        scores = {name: change for name, change in worth.items() if name in self.sizes}
         kept, reset = {}, {}
         for ladder in build_ladders(scores, self._graph, WidthRules()):
             weak = max(0, ladder.size - self.allowed(self.sizes[ladder.name], self.done))
