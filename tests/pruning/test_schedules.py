@@ -11,7 +11,8 @@ from convette.cost import count
 from convette.errors import BudgetError, UsageError
 from convette.pruning import GradualPruning, PruneSettings, StepRecord, check_budget, prune
 from convette.pruning import _run as run_module
-from convette.pruning._blocks import least_missed
+from convette.pruning._blocks import least_informative, least_missed
+from convette.pruning._calibration import draw_calibration
 from convette.pruning.in_place_distillation import InPlaceDistillation
 from convette.pruning.methods.growing_regularization import GrowingRegularization
 from convette.pruning.methods.soft_pruning import SoftPruning
@@ -107,6 +108,23 @@ def test_least_missed_takes_each_with_those_before_it_gone(deep):
 
     assert least_missed(deep, example, 2, loss) == ("blocks.0", "blocks.1")
     assert len(seen) == 4 + 3
+
+
+def test_blocks_that_say_least_a_mac_go_first_where_asked(deep, few):
+    with torch.no_grad():
+        deep.blocks[2].norm2.weight.zero_()
+        deep.blocks[2].norm2.bias.zero_()
+    batches = draw_calibration(few, 64, seed=0, device="cpu")
+    example = batches[0][0][:1]
+    order = least_informative(deep, example, 4, batches)
+    # A silent block says nothing; the first and the last of the stage stay; every choice is with the others gone.
+    assert order == ("blocks.2", "blocks.1")
+    choices = PruneSettings(steps=1, epochs=0, blocks=0.5, blocks_by="information")
+    assert prune(deep, few, "latency<=70%", choices, measure=by_layers, device="cpu").blocks == order
+    with pytest.raises(UsageError, match="blocks_by = 'information' needs a data set"):
+        prune(deep, example, "macs<=72%", choices)
+    with pytest.raises(UsageError, match="blocks_by = 'mutual'"):
+        PruneSettings(blocks_by="mutual")
 
 
 class Norms(Method):

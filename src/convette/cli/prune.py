@@ -44,6 +44,9 @@ def prune(
     blocks: Annotated[
         str | None, typer.Option("--blocks", help="Share of the blocks that may be left out: 25%. (prune.blocks)")
     ] = None,
+    blocks_by: Annotated[
+        str | None, typer.Option("--blocks-by", help="Which go first: loss or information. (prune.blocks_by)")
+    ] = None,
     redistribute: Annotated[
         bool | None,
         typer.Option("--redistribute/--no-redistribute", help="Least-squares repair of each cut. (prune.redistribute)"),
@@ -94,6 +97,7 @@ def prune(
         prune__allocation=allocation,
         prune__schedule=schedule,
         prune__blocks=o.share("--blocks", blocks),
+        prune__blocks_by=blocks_by,
         prune__distil_from=distil_from,
         prune__constraints=constraints,
         model__weights=weights,

@@ -1,13 +1,16 @@
 """Leaving blocks out: in which order they are missed least, and how many may go."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from convette.cost import count as count_costs
 from convette.layers._watching import call, hooked, in_eval
+from convette.pruning.criteria.feature_map_information import layer_information
+from convette.pruning.layer_removal import macs_of, stage_ends
 from convette.surgery import Remove, apply, removable, trace, untie
 
 
@@ -42,17 +45,45 @@ def least_missed(
     `loss` says how bad a network is on calibration data. Without it a block counts by how little it changes what it
     reads on the example: ``|F(x) - x| / |x|``. Costs one call of `loss` (or one run) a block and choice.
     """
+
+    def missed(here: nn.Module, names: Sequence[str]) -> Mapping[str, float]:
+        if loss is None:
+            return _changes(here, example, names)
+        return {name: loss(without_blocks(here, [name])) for name in names}
+
+    return _one_by_one(network, example, count, missed)
+
+
+def least_informative(network: nn.Module, example: Any, count: int, batches: Sequence[Any]) -> tuple[str, ...]:
+    """Return up to `count` blocks, the least informative a MAC first, each chosen with those before it gone.
+
+    By `layer_information` on `batches` (images, labels); the first and the last block of every stage stay, as in
+    `remove_layers`. Costs a forward pass a choice, and n^3 for n images a block and choice.
+    """
+    ends = stage_ends(network, example)
+
+    def worth(here: nn.Module, names: Sequence[str]) -> Mapping[str, float]:
+        cost = count_costs(here, example)
+        return {name: r / max(1, macs_of(cost, name)) for name, r in layer_information(here, names, batches).items()}
+
+    return _one_by_one(network, example, count, worth, spared=ends)
+
+
+def _one_by_one(
+    network: nn.Module,
+    example: Any,
+    count: int,
+    price: Callable[[nn.Module, Sequence[str]], Mapping[str, float]],
+    spared: Sequence[str] = (),
+) -> tuple[str, ...]:
     chosen: list[str] = []
     for _ in range(count):
         here = without_blocks(network, chosen)
-        names = [name for name in removable(here, example) if name not in chosen]
+        names = [name for name in removable(here, example) if name not in chosen and name not in spared]
         if not names:
             break
-        if loss is None:
-            price = _changes(here, example, names)
-        else:
-            price = {name: loss(without_blocks(here, [name])) for name in names}
-        chosen.append(min(names, key=lambda name: price[name]))
+        found = price(here, names)
+        chosen.append(min(names, key=lambda name: found[name]))
     return tuple(chosen)
 
 

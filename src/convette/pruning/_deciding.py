@@ -11,7 +11,7 @@ from torch.nn import functional
 from convette._progress import note
 from convette.cost import Budget, Cost, Limit
 from convette.errors import BudgetError
-from convette.pruning._blocks import allowance, least_missed, untied, without_blocks
+from convette.pruning._blocks import allowance, least_informative, least_missed, untied, without_blocks
 from convette.pruning._candidate import (
     Candidate,
     Selection,
@@ -164,6 +164,8 @@ def _offers(run: "Run", network: nn.Module) -> list[tuple[str, ...]]:
 
 def _order(run: "Run", network: nn.Module) -> tuple[str, ...]:
     count = allowance(network, run.example, run.settings.blocks)
+    if run.settings.blocks_by == "information":
+        return least_informative(network, run.example, count, run.calibration())
     batches = run.calibration()[:1]
     loss = (lambda model: _mean_loss(model, batches)) if batches else None
     return least_missed(network, run.example, count, loss)

@@ -339,6 +339,8 @@ def _check_without_data(settings: PruneSettings) -> None:
         raise UsageError(
             f"allocation {settings.allocation} needs a data set, not only an example; use global or uniform."
         )
+    if settings.blocks and settings.blocks_by == "information":
+        raise UsageError("prune.blocks_by = 'information' needs a data set, not only an example; use 'loss'.")
     if settings.epochs:
         raise UsageError(
             f"prune.epochs = {settings.epochs}: recovery needs a data set, not only an example; use epochs=0."

@@ -74,7 +74,7 @@ def remove_layers(
                 f" MACs and {cost.parameters} parameters, and {budget} is not met{hint}."
             )
         scores = layer_information(network, candidates, batches, measure=measure, rule=rule, target=target)
-        prices = {name: score / max(1, _macs(cost, name)) for name, score in scores.items()}
+        prices = {name: score / max(1, macs_of(cost, name)) for name, score in scores.items()}
         name = min(prices, key=prices.__getitem__)
         apply(network, *layer_edits(network, name, example))
         removed[name] = scores[name]
@@ -171,6 +171,6 @@ def _reads_lists(network: nn.Module, example: Any) -> bool:
     return any(seen)
 
 
-def _macs(cost: Cost, name: str) -> int:
+def macs_of(cost: Cost, name: str) -> int:
     """Return the multiply-accumulates of the layer called `name`."""
     return sum(layer.macs for layer in cost.layers if f"{layer.name}.".startswith(f"{name}."))

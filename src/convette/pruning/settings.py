@@ -15,6 +15,7 @@ OptionValue = str | int | float | bool | list[str | int | float] | tuple[str | i
 CHOICES = {
     "predictor": ("macs", "latency_table"),
     "schedule": ("iterative", *IN_TRAINING, *FRAMEWORKS),
+    "blocks_by": ("loss", "information"),
     "distil_from": ("logits", "features", "in_place"),
 }
 
@@ -37,6 +38,9 @@ class PruneSettings:
       channels of a stream it writes and reads, at the price of gathers and scatters.
     - `blocks`: this share of the blocks that can be left out (input and output alike) may go before the first cut: as
       many as the budget cannot do without, and, with data, as many as leave the lower loss at the budget.
+    - `blocks_by`: which blocks go first: those whose absence costs the least "loss" (without data: that change least
+      what they read), or those with the least "information" a MAC (`layer_information`; the first and the last of a
+      stage stay).
     - `epochs`: recovery by training, over the whole run: every step gets ``epochs // steps``, the last the rest as
       well. 0: none.
     - `redistribute`: before each cut the weights that stay take over, by least squares on the calibration images, what
@@ -73,6 +77,7 @@ class PruneSettings:
     steps: int = 5
     untie: bool = False
     blocks: float | int = 0.0
+    blocks_by: Literal["loss", "information"] = "loss"
     epochs: int = 3
     redistribute: bool = True
     distil: bool = True
