@@ -45,6 +45,9 @@ def network(tmp_path_factory):
         (["--at", "layer1", "--rate", "0"], 2, "rate = 0"),
         (["--at", "layer1", "--latency", "-1"], 2, "latency = -1"),
         (["--at", "layer1", "--out", "FILE"], 2, "names a folder"),
+        (["--at", "layer1", "--filter", "zero"], 2, "--filter 'zero' is no class of the images. Known: 0, 1"),
+        (["--at", "layer1", "--filter", "0", "--recall", "0"], 2, "--recall 0"),
+        (["--at", "layer1", "--jpeg", "96"], 2, "quality of 96"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(network, words, code, message, capsys):
@@ -82,7 +85,8 @@ def test_a_slow_link_is_waited_for_and_bytes_are_those_of_messages(network, monk
     monkeypatch.setattr(
         edge, "EdgeClient", lambda *words, timeout: taken.append(timeout) or EdgeClient(*words, timeout=timeout)
     )
-    seconds, sizes, failures = edge._timed(model, parts, data, shape, 2e4, 0.0)
+    ends = edge._Ends(model, parts.head, parts.tail, shape)
+    seconds, sizes, failures = edge._timed(ends, data, 2e4, 0.0)
     assert not failures and sizes == {"remote": 100, "split": 2 * 12 * 12 + 36} and min(taken) > 30
     assert seconds["remote"] > 100 / 2e4
 
@@ -92,5 +96,27 @@ def test_a_slow_link_is_waited_for_and_bytes_are_those_of_messages(network, monk
             return super().__enter__()
 
     monkeypatch.setattr(edge, "ShapedLink", Broken)
-    _, sizes, failures = edge._timed(model, parts, data, shape, 1e6, 0.0)
+    _, sizes, failures = edge._timed(ends, data, 1e6, 0.0)
     assert len(failures) == 40 and failures[0] and sizes["split"] == 324
+
+
+def test_the_filter_and_jpeg_stand_in_the_table(network, tmp_path, capsys):
+    words = ["split", str(network), "--at", "layer1", "--bottleneck", "2", "--width", "4", "--epochs", "1"]
+    words += ["--rate", "1e6", "--latency", "0", "--filter", "0", "--recall", "0.9", "--jpeg", "60", "--quiet"]
+    assert main([*words, "--out", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    ways = {way["name"]: way for way in found["ways"]}
+    assert list(ways) == ["local", "remote", "remote, JPEG 60", "split", "split, filter"]
+    kept = ways["split, filter"]["answered_here"]
+    # A tenth of the images are of class 0; up to about a tenth of the others may be kept back.
+    assert 0.02 < kept < 0.35 and 0 < found["filter_threshold"] < 1
+    assert ways["split, filter"]["bytes_sent"] == pytest.approx((1 - kept) * ways["split"]["bytes_sent"])
+    # Such an untrained network is nearly always wrong on what the filter answers by itself.
+    assert ways["split, filter"]["accuracy"] > ways["split"]["accuracy"]
+    # 64 pixels as JPEG are mostly its header.
+    assert ways["remote, JPEG 60"]["bytes_sent"] > ways["remote"]["bytes_sent"]
+    assert [path.rpartition("/")[2] for path in found["files"]] == ["head.onnx", "tail.onnx", "filter.onnx"]
+    rows = tuple(edge.Way(**way) for way in found["ways"])
+    shown = edge.SplitOutcome(**{**found, "ways": rows, "files": ()}).text().splitlines()
+    assert shown[1].split() == ["right", "answered", "here", "bytes", "sent", "ms"] and "keeps back" in shown[-1]
+    assert len({len(line) for line in shown[1:7]}) == 1

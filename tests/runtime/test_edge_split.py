@@ -26,9 +26,11 @@ from convette.runtime.edge_split import (
     dequantize,
     distil_head,
     encode,
+    from_jpeg,
     inject,
     pick_threshold,
     quantize,
+    to_jpeg,
 )
 from convette.runtime.edge_split.bottleneck import _rounded
 
@@ -285,6 +287,27 @@ def test_the_link_keeps_its_rate(parts):
     ):
         answer = client(torch.randn(1, 10_000))
     assert answer.where == "remote" and answer.seconds > 10_000 / 50_000 + 2 * 0.02
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_goes_over_the_wire_and_what_is_none_is_refused(channels):
+    ramp = torch.linspace(0, 255, 40).to(torch.uint8).expand(1, channels, 24, 40)
+    sizes = []
+    for quality in (20, 90):
+        file = to_jpeg(ramp, quality)
+        back = from_jpeg(torch.from_numpy(decode(encode(file))), (channels, 24, 40))
+        assert back.dtype == torch.uint8 and back.shape == ramp.shape
+        assert (back.int() - ramp.int()).abs().max() <= (24 if quality == 20 else 8)
+        sizes.append(len(file))
+    assert sizes[0] < sizes[1]
+    with pytest.raises(DataError, match="40x24 pixels"):
+        from_jpeg(file, (channels, 24, 41))
+    for wrong in (file[:-200], file[::-1].copy(), np.zeros(0, np.uint8)):
+        with pytest.raises(DataError, match="JPEG"):
+            from_jpeg(wrong, (channels, 24, 40))
+    for image, quality in ((ramp, 0), (ramp.float(), 75), (ramp[:, :1].expand(1, 2, 24, 40), 75)):
+        with pytest.raises(UsageError):
+            to_jpeg(image, quality)
 
 
 # Delay ----------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,17 @@ def split(
     epochs: Annotated[int, typer.Option("--epochs", min=0, help="Passes over the training images.")] = 8,
     rate: Annotated[float, typer.Option("--rate", help="Bytes a second of the loopback link.")] = 1e5,
     latency: Annotated[float, typer.Option("--latency", help="Seconds each way of the link.")] = 0.005,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for head.onnx and tail.onnx.")] = None,
+    filter_class: Annotated[
+        str | None,
+        typer.Option("--filter", help="The class of images that hold nothing: answered on the device, not sent."),
+    ] = None,
+    recall: Annotated[
+        float, typer.Option("--recall", help="Share of the other validation images that the filter passes.")
+    ] = 0.99,
+    jpeg: Annotated[
+        int | None, typer.Option("--jpeg", help="Also send whole images, as JPEG of this quality (1 to 95).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for head.onnx, tail.onnx and filter.onnx.")] = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
     json: o.Json = False,
@@ -47,6 +57,9 @@ def split(
             epochs=epochs,
             rate=rate,
             latency=latency,
+            filter_class=filter_class,
+            recall=recall,
+            jpeg=jpeg,
             out=out,
         )
         show(done.to_json(), done.text())

@@ -13,6 +13,7 @@ from convette.runtime.edge_split.bottleneck import Bottleneck, NeuralFilter, dis
 from convette.runtime.edge_split.codec import decode, dequantize, encode, quantize
 from convette.runtime.edge_split.cutting import Cut, CutPoint, cut, cut_points
 from convette.runtime.edge_split.delay import EdgeDelay
+from convette.runtime.edge_split.jpeg import from_jpeg, to_jpeg
 from convette.runtime.edge_split.link import ShapedLink
 from convette.runtime.edge_split.serving import Answer, EdgeClient, EdgeServer
 
@@ -32,7 +33,9 @@ __all__ = [
     "dequantize",
     "distil_head",
     "encode",
+    "from_jpeg",
     "inject",
     "pick_threshold",
     "quantize",
+    "to_jpeg",
 ]

@@ -188,15 +188,16 @@ def _rounded(z: Tensor, bits: int) -> Tensor:
 class NeuralFilter(nn.Module):
     """Says from early features (``n c h w``) whether an image holds anything worth sending: two logits.
 
-    88,402 parameters with 64 channels.
+    `width`: channels behind its first convolution, None: as many as come. 88,402 parameters with 64 channels.
     """
 
-    def __init__(self, channels: int = 64, side: int = 64) -> None:
+    def __init__(self, channels: int = 64, side: int = 64, width: int | None = None) -> None:
         super().__init__()
+        width = width or channels
         self.layers = nn.Sequential(
             nn.AdaptiveAvgPool2d(side),
-            *(nn.Conv2d(channels, channels, 4, 2), nn.BatchNorm2d(channels), nn.ReLU()),
-            *(nn.Conv2d(channels, 32, 3, 2), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(channels, width, 4, 2), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, 32, 3, 2), nn.BatchNorm2d(32), nn.ReLU()),
             *(nn.Conv2d(32, 16, 2), nn.BatchNorm2d(16), nn.ReLU()),
             nn.AdaptiveAvgPool2d(8),
             nn.Flatten(),
