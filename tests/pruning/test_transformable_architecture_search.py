@@ -2,11 +2,15 @@ import copy
 
 import pytest
 import torch
+from tests.pruning.conftest import plain
 
 from convette import models
-from convette.cost import count
+from convette.cost import LatencyCost, Limit, count, measure_table
 from convette.data import load_data
 from convette.errors import FileFormatError, UsageError
+from convette.pruning import l1 as magnitude
+from convette.pruning.allocation import build_ladders
+from convette.pruning.allocation._search import predicted
 from convette.pruning.transformable_architecture_search import (
     SearchResNet,
     Shape,
@@ -21,6 +25,7 @@ from convette.pruning.transformable_architecture_search import (
     two_choices,
     width_choices,
 )
+from convette.pruning.transformable_architecture_search.allocation import _Search, differentiable_widths
 from convette.surgery import Origin, apply, trace
 
 THREE, FIVE = (3, 3, 3), (5, 5, 5)
@@ -42,6 +47,37 @@ def test_published_shapes_have_the_published_counts(shape, macs, parameters):
     found = count(model, example)
     assert found.macs == macs == shape_macs(shape, 32)
     assert found.parameters == parameters
+
+
+@pytest.mark.parametrize("slow", [1.0, 20.0])
+def test_a_latency_limit_is_learned_from_the_table(few, slow):
+    """With a table that counts MACs the gradient is that of the MACs; a slow layer is narrowed more than they say."""
+
+    def timer(networks, engine):
+        def seconds(network, x):
+            first = any(m.in_channels == 1 for m in network.modules() if isinstance(m, torch.nn.Conv2d))
+            return (slow if first else 1.0) * count(network, x).macs / 1e4
+
+        return {name: (value := seconds(*one), value, value) for name, one in networks.items()}
+
+    network, example = plain(few).eval(), few.preprocessing(few.train.images([0]))
+    graph = trace(network, example)
+    cost = LatencyCost(network, example, graph, measure_table(network, example, timer=timer, points=2))
+    scores = magnitude(network, graph)
+    slopes = {}
+    for metric in ("latency", "macs"):
+        limit = Limit(metric, None, 0.5 * float(predicted(cost, metric, {})), False, None)
+        found = _Search(build_ladders(scores, graph), graph, cost, [limit], 0.9, 0)
+        found._budget().backward()
+        slopes[metric] = found.logits.grad
+        selection = differentiable_widths(scores, graph, cost, limit, loss=lambda kept: 1.0, steps=3)
+        assert 0.4 * float(limit.value) < predicted(cost, metric, selection) <= float(limit.value)
+    by_time, by_macs = (slopes[metric].abs().sum(1) for metric in ("latency", "macs"))
+    if slow == 1:
+        assert torch.allclose(slopes["latency"], slopes["macs"], rtol=0.02, atol=1e-4)
+        assert by_macs.min() > 1e-2
+    else:
+        assert by_time[0] / by_time[1] > 2 * by_macs[0] / by_macs[1]
 
 
 def test_widths_and_depths_are_the_published_ones():

@@ -17,7 +17,7 @@ from convette.pruning._options import check_values
 from convette.pruning._units import Scores
 from convette.pruning.allocation._ladder import Ladder, WidthRules, build_ladders
 from convette.pruning.allocation._scaling import scaled_rungs
-from convette.pruning.allocation._search import absolute_limits, predicted, selection_of
+from convette.pruning.allocation._search import PREDICTED, absolute_limits, predicted, selection_of
 from convette.pruning.criteria._gates import Gates
 from convette.pruning.precropping import layer_loads
 from convette.pruning.transformable_architecture_search.choices import budget_loss, two_choices
@@ -49,6 +49,8 @@ def differentiable_widths(
     temperature 5 to 0.1): unit u, of rank r_u by `scores`, is multiplied by g_u where it is read. As units keep their
     place, nothing has to be aligned. A learns with `budget_loss` on the expected cost. What is returned has the most
     probable widths or the expected ones, whichever loses less when cut, all times the one factor that meets the limits.
+    A limit on latency (`prune.predictor` "latency_table") is learned from the table: each group's expected milliseconds
+    over its eight widths, the others at their expected ones.
 
     `steps`, `size_rate`: of A (Adam). `weight_rate` above 0: steps alternate as published, weights of a copy on one
     half of the calibration images, A on the other; weights that are trained already need no more of it. With a loss
@@ -198,8 +200,16 @@ class _Search:
         selection = selection_of(self.ladders, rungs)
         reached = {one.metric: float(predicted(self.width_cost, one.metric, selection)) for one in self.limits}
         worst = max(self.limits, key=lambda one: reached[one.metric] / float(one.value))
-        whole, shares = self.whole[worst.metric], self._expected()
-        by_weights, parts, total = worst.metric in ("parameters", "size"), [], 0.0
+        whole, target = self.whole[worst.metric], float(worst.value)
+        known = worst.metric in PREDICTED
+        expected = self._share_by_loads(worst.metric) if known else self._by_prediction(worst.metric) / whole
+        # As a share of the whole: the same gradient, whatever the unit.
+        return budget_loss(expected, reached[worst.metric] / whole, target / whole, 1.0)
+
+    def _share_by_loads(self, metric: str) -> Tensor:
+        """Return the expected share of a counted cost, from what each layer costs whole."""
+        shares = self._expected()
+        by_weights, parts, total = metric in ("parameters", "size"), [], 0.0
         for load in self.loads:
             amount = load.weights if by_weights else load.macs
             known = [(shares[self.place[g]], e) for g, e in load.groups.items() if g in self.place]
@@ -208,9 +218,20 @@ class _Search:
                 parts.append(amount * torch.stack([share**exponent for share, exponent in known]).prod())
             else:
                 parts.append(shares.new_tensor(amount))
-        expected = torch.stack(parts).sum() / max(total, 1e-12)
-        # As a share of the whole: the same gradient, whatever the unit.
-        return budget_loss(expected, reached[worst.metric] / whole, float(worst.value) / whole, 1.0)
+        return torch.stack(parts).sum() / max(total, 1e-12)
+
+    def _by_prediction(self, metric: str) -> Tensor:
+        """Return the cost at the expected widths, with the gradient of each group's expectation, the others there."""
+        columns = torch.tensor([self.width_cost.groups.index(x.name) for x in self.ladders])
+        chances = self.logits.softmax(1)
+        here = torch.tensor(self.width_cost.sizes, dtype=torch.float32)
+        here[columns] = (chances.detach() * self.widths).sum(1)
+        rows = here.repeat(len(columns), CHOICES, 1)
+        rows.scatter_(2, columns[:, None, None].expand(-1, CHOICES, 1), self.widths[:, :, None])
+        costs = self.width_cost.predict(metric, rows).to(chances)
+        value = self.width_cost.predict(metric, here).to(chances)
+        of_groups = (chances * costs).sum()
+        return value + of_groups - of_groups.detach()
 
     def _masks(self, ladder: Ladder, rungs: Sequence[int]) -> Tensor:
         masks = torch.zeros(len(rungs), ladder.size)
