@@ -8,8 +8,8 @@ import pytest
 from convette.cli.main import main
 from convette.cost import WidthCost
 from convette.errors import UsageError
-from convette.pipeline import build_recipe
-from convette.pruning import ALLOCATIONS, PruneSettings, find_allocation, prune, random
+from convette.pipeline import build_recipe, load_recipe
+from convette.pruning import ALLOCATIONS, CRITERIA, PruneSettings, find_allocation, find_criterion, prune, random
 from convette.pruning._in_training import IN_TRAINING, make_method
 from convette.pruning._options import own_options
 from convette.pruning.allocation import allocate, check_options
@@ -61,7 +61,9 @@ def test_schedules_in_training_take_their_own_options(schedule):
         ({"allocation": "per_layer", "allocation_options": {"ratios": "0.5"}}, "ratios = '0.5'"),
         ({"allocation": "opti_cut", "allocation_options": {"per_cost": 1}}, "boolean"),
         ({"allocation": "global", "allocation_options": {"steps": 1}}, "It has none"),
-        ({"criterion": "taylor", "criterion_options": {"normalise": 3}}, "criterion taylor: normalise = 3: .*string"),
+        ({"criterion": "taylor", "criterion_options": {"normalise": 3}}, "criterion taylor: normalise = 3 is unknown"),
+        ({"criterion": "trajectory", "criterion_options": {"relation": "x"}}, "relation = 'x' is unknown.*patch"),
+        ({"criterion": "information_gain", "criterion_options": {"mode": "exakt"}}, "mode = 'exakt'.*mean 'exact'"),
         ({"schedule": "gradual", "schedule_options": {"floor": 0.1}}, "schedule gradual has no option 'floor'"),
         ({"schedule": "soft", "schedule_options": {"times": 1}}, "prune.schedule_options: .*at least 2"),
         ({"schedule": "growing", "schedule_options": {"begin": 0.7}}, "begin=0.7"),
@@ -75,6 +77,22 @@ def test_what_an_allocation_or_schedule_does_not_take_is_refused_before_anything
     if "allocation_options" in choices:
         with pytest.raises(UsageError, match=words):
             made_method(find_method("gradual-pruning"), {"budget": "macs<=50%", **choices})
+
+
+@pytest.mark.parametrize("name", sorted(CRITERIA))
+def test_a_criterion_says_all_the_words_that_an_option_takes(name):
+    function = find_criterion(name)
+    texts = [option for option, one in inspect.signature(function).parameters.items() if isinstance(one.default, str)]
+    for option in set(texts) - {"pool"}:  # names of criteria with commas
+        with pytest.raises(UsageError, match=f"prune.criterion_options: .*{option} = 'x' is unknown. Known: "):
+            PruneSettings(criterion=name, criterion_options={option: "x"})
+
+
+def test_a_recipe_with_a_wrong_word_is_refused_when_it_is_read(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('[prune]\ncriterion = "l1"\n\n[prune.criterion_options]\nnormalise = "men"\n')
+    with pytest.raises(UsageError, match=r"recipe.toml, line 4: .*normalise = 'men' is unknown. Did you mean 'mean'"):
+        load_recipe(path)
 
 
 def test_options_reach_the_search_and_the_seed_is_the_runs(network, graph, example):

@@ -189,7 +189,7 @@ def test_what_cannot_be_asked_for_is_named(network, graph, batches):
         find_criterion("tailor")
     with pytest.raises(UsageError, match=r"l1 has no option 'agregate'.*'aggregate'"):
         score_units("l1", network, graph, options={"agregate": "mean"})
-    with pytest.raises(UsageError, match=r"normalise='men'.*'mean'"):
+    with pytest.raises(UsageError, match=r"normalise = 'men' is unknown.*'mean'"):
         score_units("l1", network, graph, options={"normalise": "men"})
     for nothing in (None, []):
         with pytest.raises(UsageError, match="taylor needs calibration"):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from convette.errors import UsageError
-from convette.pruning import discriminant_information, discriminant_value
+from convette.pruning import discriminant_information, discriminant_value, score_units
 from convette.pruning.criteria.discriminant_information import _scores, centred, class_basis
 from convette.surgery import trace
 
@@ -112,8 +112,8 @@ def test_units_that_tell_the_classes_are_kept(mode, greedy, normalise):
 def test_what_cannot_be_asked_for_is_named():
     model, data = network_that_tells()
     graph = trace(model, data[0][0][:1])
-    with pytest.raises(UsageError, match=r"mode='differentail'.*'differential'"):
-        discriminant_information(model, graph, data, mode="differentail")
+    with pytest.raises(UsageError, match=r"mode = 'differentail'.*'differential'"):
+        score_units("discriminant_information", model, graph, data, options={"mode": "differentail"})
     with pytest.raises(UsageError, match="at least two classes"):
         discriminant_information(model, graph, [(data[0][0], torch.zeros(30, dtype=torch.int64))])
     with pytest.raises(UsageError, match="greedy=1"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from convette.cost import Cost, LatencyCost, Limit, WidthCost, count, measure_table
 from convette.errors import BudgetError, UsageError
-from convette.pruning import PruneSettings, WidthRules, prune, random
+from convette.pruning import PruneSettings, WidthRules, prune, random, score_units
 from convette.pruning.hardware_aware_filter_pruning import information_gain, opti_cut
 from convette.runtime import Latency
 from convette.surgery import apply, masked, trace
@@ -107,7 +107,7 @@ def test_the_network_is_left_as_it_was(network, graph, batches):
 def test_choices_that_cannot_be_are_refused(network, graph, batches):
     for options, calibration in (({"mode": "x"}, batches), ({"temperature": 0.0}, batches), ({}, None)):
         with pytest.raises(UsageError, match="information_gain"):
-            information_gain(network, graph, calibration, **options)
+            score_units("information_gain", network, graph, calibration, options=options)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -209,7 +209,7 @@ def test_what_cannot_be_asked_for_is_named(branches_and_data):
             redistribute(model, graph, {"left": torch.arange(3)}, nothing)
     with pytest.raises(UsageError, match="spatial='taps'"):
         redistribute(model, graph, {"left": torch.arange(3)}, data, spatial="taps")
-    with pytest.raises(UsageError, match=r"rule='damge'.*'damage'"):
-        linear_redundancy(model, graph, data, rule="damge")
+    with pytest.raises(UsageError, match=r"rule = 'damge'.*'damage'"):
+        score_units("linear_redundancy", model, graph, data, options={"rule": "damge"})
     weight = model.both.weight.detach().clone()
     assert redistribute(model, graph, {}, data) == () and torch.equal(model.both.weight, weight)

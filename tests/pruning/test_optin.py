@@ -9,7 +9,7 @@ from torch import nn
 from convette.cost import Limit, WidthCost
 from convette.errors import UsageError
 from convette.models import create_model
-from convette.pruning import find_allocation, trajectory
+from convette.pruning import find_allocation, score_units, trajectory
 from convette.pruning.criteria.optin import (
     _of_heads,
     block_names,
@@ -153,8 +153,8 @@ def test_heads_weigh_half_and_units_may_share_a_mask(transformer, data):
 
 def test_what_cannot_be_asked_for_is_named(transformer, data):
     graph = trace(transformer, data[0][0][:1])
-    with pytest.raises(UsageError, match=r"reduce='men'.*'mean'"):
-        trajectory(transformer, graph, data, reduce="men")
+    with pytest.raises(UsageError, match=r"reduce = 'men'.*'mean'"):
+        score_units("trajectory", transformer, graph, data, options={"reduce": "men"})
     with pytest.raises(UsageError, match="must be positive"):
         trajectory(transformer, graph, data, block=0)
 

@@ -96,8 +96,8 @@ def test_regions_of_a_stream_are_scored_and_pruned_apart():
 
 
 def test_it_goes_with_prune_and_bad_choices_are_named(network, graph, batches, example):
-    with pytest.raises(UsageError, match=r"cost='mac'.*'macs'"):
-        importance_gates(network, graph, batches, cost="mac")
+    with pytest.raises(UsageError, match=r"cost = 'mac'.*'macs'"):
+        score_units("importance_gates", network, graph, batches, options={"cost": "mac"})
     with pytest.raises(UsageError, match="steps=0"):
         importance_gates(network, graph, batches, steps=0)
     with pytest.raises(UsageError, match="importance_gates needs a data set"):

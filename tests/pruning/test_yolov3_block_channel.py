@@ -9,7 +9,7 @@ from torch import nn
 from convette.cost import count, count_parameters
 from convette.data import load_data
 from convette.errors import StructureError, UsageError
-from convette.pruning import bn_scale, l1
+from convette.pruning import bn_scale, l1, score_units
 from convette.pruning.yolov3_block_channel import (
     ANCHORS,
     BlockChannelSettings,
@@ -155,8 +155,8 @@ def test_a_channel_of_a_stream_stays_if_any_layer_needs_it():
     assert found["max"][0] == pytest.approx(0.9) and found["max"][1] == pytest.approx(0.5)
     assert found["mean"][0] < found["mean"][1] and found["min"][:2].tolist() == pytest.approx([0.1, 0.1])
     assert torch.allclose(found["sum"], len(names) * found["mean"])
-    with pytest.raises(UsageError, match="reduce='most'"):
-        bn_scale(model, graph, reduce="most")
+    with pytest.raises(UsageError, match="reduce = 'most'"):
+        score_units("bn_scale", model, graph, options={"reduce": "most"})
     with pytest.raises(UsageError, match="tied = 'most'"):
         BlockChannelSettings(tied="most")
 

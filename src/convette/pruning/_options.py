@@ -1,13 +1,13 @@
 """The options of criteria and allocations: the keywords that such a function has of its own, checked before it runs.
 
-Types and ranges are in the annotations (``population: Annotated[int, Ge(2)]``), so that a recipe is refused when it is
-read, not after the training that comes first.
+Types, ranges and words are in the annotations (``population: Annotated[int, Ge(2)]``, ``mode: Literal["a", "b"]``), so
+that a recipe is refused when it is read, not after the training that comes first.
 """
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -47,6 +47,10 @@ def _checked(what: str, function: Callable[..., Any], option: str, value: Any) -
     try:
         return _adapters(function)[option].validate_python(value, strict=True)
     except ValidationError as error:
+        kind = get_type_hints(function).get(option)
+        if get_origin(kind) is Literal:
+            hint = did_you_mean(str(value), get_args(kind))
+            raise UsageError(f"{what}: {option} = {value!r} is unknown.{hint}") from None
         message = error.errors()[0]["msg"]
         raise UsageError(f"{what}: {option} = {value!r}: {message[:1].lower()}{message[1:]}.") from None
 

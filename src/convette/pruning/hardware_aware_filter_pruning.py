@@ -10,16 +10,18 @@ the table of layer times, `convette.cost.LatencyTable`. As a whole::
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.cost import Limit, WidthCost
 from convette.errors import StructureError, UsageError
 from convette.layers._watching import hooked, in_eval, keeping_gradients
+from convette.pruning._options import check_values
 from convette.pruning._units import Scores, finite_scores
 from convette.pruning.allocation._ladder import Ladder, WidthRules, build_ladders
 from convette.pruning.allocation._search import (
@@ -41,8 +43,8 @@ def information_gain(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    mode: str = "fisher",
-    temperature: float | int = 1.0,
+    mode: Literal["fisher", "exact"] = "fisher",
+    temperature: Annotated[float | int, Field(gt=0)] = 1.0,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     r"""Score units by how much the output distribution changes when they go, in nats.
@@ -61,10 +63,7 @@ def information_gain(
     temperature that is not above 0, `StructureError` for scores that are not finite. Costs a forward and backward pass
     a batch (fisher).
     """
-    if mode not in ("fisher", "exact"):
-        raise UsageError(f"criterion information_gain: mode {mode!r} is none of 'fisher', 'exact'.")
-    if not temperature > 0:
-        raise UsageError(f"criterion information_gain: temperature = {temperature!r} must be above 0.")
+    check_values("criterion information_gain", information_gain, mode=mode, temperature=temperature)
     readers = {group.name: found for group in graph.groups if group.size and (found := _readers(model, group))}
     totals = {name: torch.zeros(graph[name].size) for name in readers}
     generator, seen = torch.Generator().manual_seed(seed), 0

@@ -1,14 +1,15 @@
 """The scale that normalisation gives to a unit."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from convette.errors import UsageError
+from convette.pruning._options import check_values
 from convette.pruning._units import finite_scores, sum_over_units, tensors_of
-from convette.pruning.criteria.magnitude import check_choice, normalised
+from convette.pruning.criteria.magnitude import normalised
 from convette.surgery import ChannelGraph, Member
 
 _REDUCED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -24,8 +25,8 @@ def bn_scale(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    normalise: str = "none",
-    reduce: str = "mean",
+    normalise: Literal["mean", "max", "none"] = "none",
+    reduce: Literal["mean", "max", "min", "sum"] = "mean",
 ) -> dict[str, Tensor]:
     r"""Score units by the scale of their normalisation layers.
 
@@ -42,8 +43,7 @@ def bn_scale(
     `StructureError` for a scale that is NaN or infinite. Costs next to nothing; needs no data (`calibration` is
     ignored). Source: Liu et al., Learning Efficient Convolutional Networks through Network Slimming, arXiv 1708.06519.
     """
-    check_choice("normalise", normalise, ("mean", "max", "none"))
-    check_choice("reduce", reduce, tuple(_REDUCED))
+    check_values("criterion bn_scale", bn_scale, normalise=normalise, reduce=reduce)
     tensors = tensors_of(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     scores = {}

@@ -1,14 +1,15 @@
 """Channel utility: the Taylor saliency of every image, without cancelling (Shen et al., arXiv 2007.01486)."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from convette.pruning._options import check_values
 from convette.pruning._units import finite_scores
 from convette.pruning.criteria._observing import sample_saliencies
-from convette.pruning.criteria.magnitude import check_choice, normalised
+from convette.pruning.criteria.magnitude import normalised
 from convette.surgery import ChannelGraph
 
 
@@ -17,7 +18,7 @@ def channel_utility(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    normalise: str = "max",
+    normalise: Literal["mean", "max", "none"] = "max",
     loss: Callable[[Any, Any], Tensor] = functional.cross_entropy,
 ) -> dict[str, Tensor]:
     r"""Score units by the mean size of each image's first-order loss change.
@@ -32,7 +33,7 @@ def channel_utility(
     Returns one score a unit, CPU float32, larger = keep. Raises `UsageError` without calibration data, `StructureError`
     for scores that are not finite. Costs a forward and backward pass a batch. Source: arXiv 2007.01486.
     """
-    check_choice("normalise", normalise, ("mean", "max", "none"))
+    check_values("criterion channel_utility", channel_utility, normalise=normalise)
     totals: dict[str, Tensor] = {}
     images = 0
     for found in sample_saliencies(model, graph, calibration, loss, "channel_utility"):

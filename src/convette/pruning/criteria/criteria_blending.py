@@ -7,7 +7,7 @@ layer, calibration within clusters, evolution of the blend by the accuracy of th
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.errors import BudgetError, ConvetteError, UsageError
+from convette.pruning._options import check_values
 from convette.pruning.criteria._observing import batches_of, run, scoring
 from convette.pruning.criteria.loss_increase import loss_without
-from convette.pruning.criteria.magnitude import check_choice
 from convette.surgery import ChannelGraph, apply
 
 POOL = "l1, geometric_median, bn_scale, taylor, fisher, apoz, activation_rank"
@@ -37,8 +37,8 @@ def blend(
     generations: int = 8,
     population: int = 12,
     keep: float | int = 0.5,
-    scale: str = "rank",
-    fitness: str = "loss",
+    scale: Literal["rank", "sum"] = "rank",
+    fitness: Literal["loss", "accuracy"] = "loss",
     seed: int = 0,
 ) -> dict[str, Tensor]:
     r"""Score units by a mix of criteria, found for each layer by clustering, a probe, and evolution.
@@ -105,13 +105,12 @@ def blend_search(
     generations: int = 8,
     population: int = 12,
     keep: float | int = 0.5,
-    scale: str = "rank",
-    fitness: str = "loss",
+    scale: Literal["rank", "sum"] = "rank",
+    fitness: Literal["loss", "accuracy"] = "loss",
     seed: int = 0,
 ) -> Blend:
     """Search for a blend; see `blend` for the options, errors and costs."""
-    check_choice("scale", scale, ("rank", "sum"))
-    check_choice("fitness", fitness, ("loss", "accuracy"))
+    check_values("criterion blend", blend, scale=scale, fitness=fitness)
     if clusters < 0 or probe < 0 or generations < 0 or population < 2 or not 0 < keep <= 1:
         raise UsageError(
             f"criterion blend: clusters={clusters}, probe={probe}, generations={generations}, population={population},"
@@ -297,7 +296,13 @@ class _Judge:
     """Minus the loss (or the accuracy) on held-out images of the network cut to the better share of every group."""
 
     def __init__(
-        self, model: nn.Module, graph: ChannelGraph, fit: list, held: list, keep: float, fitness: str = "loss"
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        fit: list,
+        held: list,
+        keep: float,
+        fitness: str = "loss",
     ) -> None:
         self.model, self.graph, self.fit, self.held, self.keep, self.fitness = model, graph, fit, held, keep, fitness
 

@@ -5,7 +5,7 @@ scale, because a fixed one saturates layers with large activations.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convette.errors import UsageError
+from convette.pruning._options import check_values
 from convette.pruning._units import finite_scores
 from convette.pruning.criteria._observing import Reader, observe
-from convette.pruning.criteria.magnitude import check_choice
 from convette.surgery import ChannelGraph
-
-MODES = ("differential", "leave_one_out", "individual")
 
 
 def discriminant_information(
@@ -26,8 +24,8 @@ def discriminant_information(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    mode: str = "differential",
-    normalise: str = "relative",
+    mode: Literal["differential", "leave_one_out", "individual"] = "differential",
+    normalise: Literal["relative", "max", "none"] = "relative",
     greedy: float = 0.0,
     ridge: float = 1e-2,
     pool: int = 4,
@@ -53,8 +51,7 @@ def discriminant_information(
     class in it, `StructureError` for activations that are not finite. Use several images a class. Costs one forward
     pass, n^3 a layer, and memory for the pooled maps of all layers. Source: arXiv 2005.13796.
     """
-    check_choice("mode", mode, MODES)
-    check_choice("normalise", normalise, ("relative", "max", "none"))
+    check_values("criterion discriminant_information", discriminant_information, mode=mode, normalise=normalise)
     if not 0 <= greedy < 1:
         raise UsageError(f"criterion discriminant_information: greedy={greedy}: a share from 0 up to 1 is needed.")
     features, labels = pooled_features(model, graph, calibration, pool, "discriminant_information")

@@ -7,7 +7,7 @@ information with the output go); the estimators are the usual ones of matrix-bas
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,14 +16,13 @@ from torch.nn import functional
 
 from convette.errors import StructureError, UsageError
 from convette.layers._watching import hooked
+from convette.pruning._options import check_values
 from convette.pruning._units import finite_scores
 from convette.pruning.criteria._observing import batches_of, run, scoring
 from convette.pruning.criteria.discriminant_information import pooled_features
-from convette.pruning.criteria.magnitude import check_choice
 from convette.surgery import ChannelGraph
 
 ALPHA = 1.01
-MEASURES = ("renyi", "energy", "binned")
 _AT_ONCE = 32  # units whose n x n matrices are held together
 
 
@@ -32,8 +31,8 @@ def feature_map_information(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    measure: str = "energy",
-    target: str = "output",
+    measure: Literal["renyi", "energy", "binned"] = "energy",
+    target: Literal["output", "label"] = "output",
     pool: int = 4,
     bandwidth: float | int | None = None,
 ) -> dict[str, Tensor]:
@@ -53,8 +52,7 @@ def feature_map_information(
     without calibration data, `StructureError` for activations that are not finite. Values depend on the number of
     images: compare only what was scored together. Costs one forward pass and n^2 a unit (renyi: n^3).
     """
-    check_choice("measure", measure, MEASURES)
-    check_choice("target", target, ("output", "label"))
+    check_values("criterion feature_map_information", feature_map_information, measure=measure, target=target)
     _check_bandwidth(bandwidth)
     batches = batches_of(calibration, "feature_map_information")
     features, labels = pooled_features(model, graph, batches, pool, "feature_map_information")
@@ -75,9 +73,9 @@ def layer_information(
     layers: Sequence[str],
     calibration: Iterable[Any] | None,
     *,
-    measure: str = "renyi",
-    rule: str = "value",
-    target: str = "output",
+    measure: Literal["renyi", "energy", "binned"] = "renyi",
+    rule: Literal["value", "gain"] = "value",
+    target: Literal["output", "label"] = "output",
     pool: int = 4,
     bandwidth: float | int | None = None,
 ) -> dict[str, float]:
@@ -91,9 +89,7 @@ def layer_information(
     Raises `UsageError` without calibration data, `StructureError` for a block that changes the shape of what it reads.
     Costs one forward pass and n^2 d (renyi: n^3) a block.
     """
-    check_choice("measure", measure, MEASURES)
-    check_choice("rule", rule, ("value", "gain"))
-    check_choice("target", target, ("output", "label"))
+    check_values("layer_information", layer_information, measure=measure, rule=rule, target=target)
     _check_bandwidth(bandwidth)
     if rule == "gain" and measure == "binned":
         raise UsageError("layer_information: rule='gain' needs measure='renyi' or 'energy'.")

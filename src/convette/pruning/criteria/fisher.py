@@ -1,14 +1,15 @@
 """Fisher information of a unit's gate: the second-order cost of removing it, from first derivatives only."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from convette.pruning._options import check_values
 from convette.pruning._units import finite_scores
 from convette.pruning.criteria._observing import sample_saliencies
-from convette.pruning.criteria.magnitude import check_choice, normalised
+from convette.pruning.criteria.magnitude import normalised
 from convette.surgery import ChannelGraph
 
 
@@ -17,7 +18,7 @@ def fisher(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    normalise: str = "none",
+    normalise: Literal["mean", "max", "none"] = "none",
     loss: Callable[[Any, Any], Tensor] = functional.cross_entropy,
 ) -> dict[str, Tensor]:
     r"""Score units by the Fisher information of the gate that would switch them off.
@@ -33,7 +34,7 @@ def fisher(
     for scores that are not finite. Costs a forward and backward pass a batch; memory for what all readers read of one
     batch. Source: Theis et al., Faster gaze prediction with dense networks and Fisher pruning, arXiv 1801.05787.
     """
-    check_choice("normalise", normalise, ("mean", "max", "none"))
+    check_values("criterion fisher", fisher, normalise=normalise)
     totals: dict[str, Tensor] = {}
     images = 0
     for found in sample_saliencies(model, graph, calibration, loss, "fisher"):

@@ -1,13 +1,14 @@
 """Geometric median: filters near the middle of the others can be replaced by them."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from convette.pruning._options import check_values
 from convette.pruning._units import finite_scores, tensors_of
 from convette.pruning.criteria._observing import producer_rows
-from convette.pruning.criteria.magnitude import check_choice, normalised
+from convette.pruning.criteria.magnitude import normalised
 from convette.surgery import ChannelGraph
 
 
@@ -16,7 +17,7 @@ def geometric_median(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    normalise: str = "mean",
+    normalise: Literal["mean", "max", "none"] = "mean",
 ) -> dict[str, Tensor]:
     r"""Score units by the distance of their filters to all the others (FPGM).
 
@@ -30,7 +31,7 @@ def geometric_median(
     units squared times weights a unit; needs no data (`calibration` is ignored). Source: He et al., Filter Pruning via
     Geometric Median, arXiv 1811.00250.
     """
-    check_choice("normalise", normalise, ("mean", "max", "none"))
+    check_values("criterion geometric_median", geometric_median, normalise=normalise)
     tensors = tensors_of(model)
     scores = {}
     for group in graph.groups:

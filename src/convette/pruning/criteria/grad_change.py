@@ -1,15 +1,16 @@
 """Change by gradient: how much a unit's weights would still move (Nguyen-Meidine et al., arXiv 1906.08746)."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from convette.pruning._options import check_values
 from convette.pruning._units import finite_scores, sum_over_units, tensors_of
 from convette.pruning.criteria._observing import batches_of, run, scoring
-from convette.pruning.criteria.magnitude import check_choice, normalised
+from convette.pruning.criteria.magnitude import normalised
 from convette.surgery import ChannelGraph
 
 
@@ -18,8 +19,8 @@ def grad_change(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    mode: str = "accumulate",
-    normalise: str = "mean",
+    mode: Literal["accumulate", "per_batch"] = "accumulate",
+    normalise: Literal["mean", "max", "none"] = "mean",
     loss: Callable[[Any, Any], Tensor] = functional.cross_entropy,
 ) -> dict[str, Tensor]:
     r"""Score units by the gradients of the weights that make them.
@@ -36,8 +37,7 @@ def grad_change(
     without calibration data, `StructureError` for gradients that are not finite. Costs a forward and backward pass a
     batch. Source: arXiv 1906.08746.
     """
-    check_choice("mode", mode, ("accumulate", "per_batch"))
-    check_choice("normalise", normalise, ("mean", "max", "none"))
+    check_values("criterion grad_change", grad_change, mode=mode, normalise=normalise)
     tensors = tensors_of(model)
     names = made_by(graph, tensors)
     weights = [tensors[name] for name in names]

@@ -1,13 +1,14 @@
 """Group norm: the magnitude of everything a unit owns, in every layer it passes through."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from convette.pruning._options import check_values
 from convette.pruning._units import finite_scores, sum_over_units, tensors_of
-from convette.pruning.criteria.magnitude import check_choice, normalised
+from convette.pruning.criteria.magnitude import normalised
 from convette.surgery import ChannelGraph
 
 
@@ -16,7 +17,7 @@ def group_norm(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    normalise: str = "mean",
+    normalise: Literal["mean", "max", "none"] = "mean",
 ) -> dict[str, Tensor]:
     r"""Score units by the L2 norm of all their parameters: what makes them, scales them and reads them.
 
@@ -29,7 +30,7 @@ def group_norm(
     one pass over the weights; needs no data (`calibration` is ignored). Source: Fang et al., DepGraph: Towards Any
     Structural Pruning, arXiv 2301.12900.
     """
-    check_choice("normalise", normalise, ("mean", "max", "none"))
+    check_values("criterion group_norm", group_norm, normalise=normalise)
     tensors = tensors_of(model)
     learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     scores = {}

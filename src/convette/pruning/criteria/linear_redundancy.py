@@ -6,15 +6,15 @@ against explicit least squares in the tests. `convette.pruning.redistribute` is 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from convette.pruning._moments import Gathering, Moments, as_matrix, layout_of
+from convette.pruning._options import check_values
 from convette.pruning._units import finite_scores, tensors_of
 from convette.pruning.criteria._observing import Reader, batches_of, find_readers, hooked, run, scoring
-from convette.pruning.criteria.magnitude import check_choice
 from convette.surgery import ChannelGraph
 
 WIDEST = 8192
@@ -25,7 +25,7 @@ def linear_redundancy(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    rule: str = "damage",
+    rule: Literal["damage", "dependence"] = "damage",
     ridge: float = 1e-6,
     rows: int = 4096,
 ) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def linear_redundancy(
     Costs one forward pass, an inverse of n x n a reader and a downdate a unit. Pays with `redistribute` only. Source:
     arXiv 2005.14070.
     """
-    check_choice("rule", rule, ("damage", "dependence"))
+    check_values("criterion linear_redundancy", linear_redundancy, rule=rule)
     tensors, modules = tensors_of(model), dict(model.named_modules(remove_duplicate=False))
     batches = batches_of(calibration, "linear_redundancy")
     readers = _readable(find_readers(model, graph), tensors)

@@ -1,12 +1,13 @@
 """Magnitude: the norm of the weights that produce a unit; `l1` and `l2` differ in the power only."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from convette.errors import UsageError, did_you_mean
+from convette.pruning._options import check_values
 from convette.pruning._units import finite_scores, sum_over_units, tensors_of, weight_members
 from convette.surgery import ChannelGraph
 
@@ -16,8 +17,8 @@ def l1(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    aggregate: str = "norm",
-    normalise: str = "mean",
+    aggregate: Literal["norm", "mean", "max"] = "norm",
+    normalise: Literal["mean", "max", "none"] = "mean",
 ) -> dict[str, Tensor]:
     r"""Score units by the L1 norm of their producer weights.
 
@@ -47,8 +48,8 @@ def l2(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    aggregate: str = "norm",
-    normalise: str = "mean",
+    aggregate: Literal["norm", "mean", "max"] = "norm",
+    normalise: Literal["mean", "max", "none"] = "mean",
 ) -> dict[str, Tensor]:
     r"""Score units by the L2 norm of their producer weights.
 
@@ -61,8 +62,7 @@ def l2(
 
 def _magnitude(model: nn.Module, graph: ChannelGraph, power: int, aggregate: str, normalise: str) -> dict[str, Tensor]:
     """Score units by the `power`-norm of what produces them; see `l1`."""
-    check_choice("aggregate", aggregate, ("norm", "mean", "max"))
-    check_choice("normalise", normalise, ("mean", "max", "none"))
+    check_values(f"criterion l{power}", l1, aggregate=aggregate, normalise=normalise)
     tensors = tensors_of(model)
     scores = {}
     for group in graph.groups:

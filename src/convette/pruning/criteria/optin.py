@@ -7,7 +7,7 @@ balances both terms for the whole model, so that scores compare. Nothing is trai
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from convette.errors import UsageError
 from convette.layers._watching import hooked
+from convette.pruning._options import check_values
 from convette.pruning._units import finite_scores
 from convette.pruning.criteria._observing import batches_of, run, scoring
 from convette.pruning.criteria.loss_increase import zeroed
-from convette.pruning.criteria.magnitude import check_choice
 from convette.surgery import ChannelGraph
 
 
@@ -31,8 +31,8 @@ def trajectory(
     balance: float | int = 10.0,
     temperature: float | int = 4.0,
     rows: int = 768,
-    relation: str = "sampled",
-    reduce: str = "sum",
+    relation: Literal["sampled", "patch", "mean"] = "sampled",
+    reduce: Literal["sum", "mean"] = "sum",
     own: bool = True,
     block: int = 1,
     images: int = 32,
@@ -65,8 +65,7 @@ def trajectory(
     for an output that is not (images, classes). Costs a forward pass of one batch a unit (or block of them): minutes
     for networks with thousands of channels.
     """
-    check_choice("relation", relation, ("sampled", "patch", "mean"))
-    check_choice("reduce", reduce, ("sum", "mean"))
+    check_values("criterion trajectory", trajectory, relation=relation, reduce=reduce)
     if block < 1 or rows < 1 or images < 1 or temperature <= 0 or balance <= 0:
         raise UsageError("criterion trajectory: block, rows, images, temperature and balance must be positive.")
     batch = _one_batch(batches_of(calibration, "trajectory"), images)

@@ -7,7 +7,7 @@ what it adds to it. It works on tied networks as well.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from convette.cost import WidthCost
 from convette.errors import ConvetteError, UsageError
+from convette.pruning._options import check_values
 from convette.pruning._units import finite_scores
 from convette.pruning.criteria._gates import Gates
 from convette.pruning.criteria._observing import batches_of, scoring
-from convette.pruning.criteria.magnitude import check_choice
 from convette.surgery import ChannelGraph
 
 _TIE_BREAK = 1e-3
@@ -32,7 +32,7 @@ def importance_gates(
     strength: float | int = 1.0,
     steps: int = 150,
     learning_rate: float = 1e-2,
-    cost: str = "macs",
+    cost: Literal["macs", "parameters", "none"] = "macs",
     loss: Callable[[Any, Any], Tensor] = functional.cross_entropy,
 ) -> dict[str, Tensor]:
     r"""Score units by gates learned against their price, everything else frozen.
@@ -50,7 +50,7 @@ def importance_gates(
     Returns one score in 0..1.001 a unit, CPU float32, larger = keep. Raises `UsageError` without calibration data,
     `StructureError` for scores that are not finite. Costs `steps` forward and backward passes.
     """
-    check_choice("cost", cost, ("macs", "parameters", "none"))
+    check_values("criterion importance_gates", importance_gates, cost=cost)
     if steps < 1 or strength < 0 or learning_rate <= 0:
         raise UsageError(
             f"criterion importance_gates: steps={steps}, strength={strength} and learning_rate={learning_rate}"

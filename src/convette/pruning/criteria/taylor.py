@@ -1,7 +1,7 @@
 """First-order Taylor estimate of what the loss loses with a unit."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from convette.errors import UsageError
 from convette.layers._watching import in_eval, keeping_gradients
+from convette.pruning._options import check_values
 from convette.pruning._units import finite_scores, sum_over_units, tensors_of, weight_members
-from convette.pruning.criteria.magnitude import check_choice, normalised
+from convette.pruning.criteria.magnitude import normalised
 from convette.surgery import ChannelGraph, Member
 
 
@@ -19,8 +20,8 @@ def taylor(
     graph: ChannelGraph,
     calibration: Iterable[Any] | None = None,
     *,
-    role: str = "consumer",
-    normalise: str = "none",
+    role: Literal["consumer", "producer"] = "consumer",
+    normalise: Literal["mean", "max", "none"] = "none",
     loss: Callable[[Any, Any], Tensor] = functional.cross_entropy,
 ) -> dict[str, Tensor]:
     r"""Score units by the first-order change of the loss when they go.
@@ -39,8 +40,7 @@ def taylor(
     and backward pass a batch. Source: Molchanov et al., Importance Estimation for Neural Network Pruning, arXiv
     1906.10771.
     """
-    check_choice("role", role, ("consumer", "producer"))
-    check_choice("normalise", normalise, ("mean", "max", "none"))
+    check_values("criterion taylor", taylor, role=role, normalise=normalise)
     tensors = tensors_of(model)
     members = {group.name: _readers(group, role, tensors) for group in graph.groups if group.size}
     members = {name: found for name, found in members.items() if found}
