@@ -204,6 +204,10 @@ def test_unreachable_names_the_smallest_cost():
     assert "macs can go" not in text and "\n" not in text
     together = unreachable(Budget.parse("macs<=2M"), cost())
     assert "cannot all be met at once" in str(together)
+    measured = Budget((Limit("latency", "p50", 0.06862170048407279, False, "openvino:cpu"),))
+    assert str(unreachable(measured, cost(openvino_cpu=0.0758))).startswith(
+        "The budget 'latency<=68.62us@openvino:cpu'"
+    )
 
 
 def test_statuses_as_text_rows_and_table():

@@ -10,6 +10,7 @@ from convette.layers.normalization import SparseSwitchNorm2d
 from convette.pipeline import build_recipe, load_recipe, read_result, run_recipe
 from convette.pipeline.conversion import training_methods
 from convette.pipeline.stages import FIT
+from convette.pipeline.stages.export import unfolded_lines
 from convette.surgery import structure_log
 from convette.training import NormLossTraining, SparseSwitch
 
@@ -99,3 +100,13 @@ def test_a_run_converts_trains_prunes_folds_and_exports_what_agrees(tmp_path):
     assert all("parametriz" not in name for name in exported.unfolded)
     check = read_result(tmp_path / "run", "verify").files[0]
     assert check.passed and check.agreement > 0.99
+
+
+def test_layers_that_stay_are_told_in_one_line_a_kind():
+    kept = {f"layer{i}.gather": f"Gather: {i} of the 16 channels of a stream are used." for i in (9, 10, 11)}
+    lines = unfolded_lines({**kept, "a.norm": "Norm: reads its batch.", "b.norm": "Norm: reads its batch."})
+    assert lines == [
+        "layer9.gather and 2 more: Gather: 9 of the 16 channels of a stream are used. The others alike.",
+        "a.norm and 1 more: Norm: reads its batch.",
+    ]
+    assert unfolded_lines({}) == []

@@ -189,7 +189,15 @@ def unreachable(budget: Budget, smallest: Cost, note: str = "") -> BudgetError:
     ]
     what = "; ".join(parts) or "its limits cannot all be met at once"
     remedy = f" Raise the limit to at least that, or start from a smaller model.{' ' + note if note else ''}"
-    return BudgetError(f"The budget '{budget}' cannot be reached: {what}.{remedy}")
+    return BudgetError(f"The budget '{_in_few_digits(budget)}' cannot be reached: {what}.{remedy}")
+
+
+def _in_few_digits(budget: Budget) -> str:
+    # A share of something measured has all the digits of a float, which say nothing to a reader.
+    limits = [
+        replace(one, value=float(f"{one.value:.4g}")) if one.metric == "latency" else one for one in budget.limits
+    ]
+    return str(Budget(tuple(limits)))
 
 
 def _parse_limit(part: str) -> Limit:

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from convette import models
@@ -24,9 +25,8 @@ def export_network(run: Run, folder: Path) -> ExportResult:
     # The network's own file stays as it was trained, to go on from; the others are folded.
     models.save(model, folder / MODEL_FILE)
     model, kept = deployed(model, run.example)
-    for reason in dict.fromkeys(kept.values()):
-        names = [name for name, one in kept.items() if one == reason]
-        note(f"export: not folded, {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}")
+    for line in unfolded_lines(kept):
+        note(f"export: not folded, {line}")
     low_bit = bool(quantized_layers(model))
     files = [_described(run, folder / MODEL_FILE, "convette", "low-bit" if low_bit else "fp32")]
     for form in run.recipe.export.formats:
@@ -48,6 +48,22 @@ def export_network(run: Run, folder: Path) -> ExportResult:
     for file in files:
         note(f"export: {run.path / file.file} ({format_bytes(file.bytes)})")
     return ExportResult(files=files, unfolded=kept)
+
+
+def unfolded_lines(kept: Mapping[str, str]) -> list[str]:
+    """Return one line for each kind of layer that stays in the files, with the first reason of that kind.
+
+    An un-tied network has dozens of gathers and scatters, each of which would say its own numbers.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        kinds.setdefault(reason.partition(":")[0], []).append(name)
+    lines = []
+    for names in kinds.values():
+        reasons = list(dict.fromkeys(kept[name] for name in names))
+        others = f" and {len(names) - 1} more" if names[1:] else ""
+        lines.append(f"{names[0]}{others}: {reasons[0]}{' The others alike.' if reasons[1:] else ''}")
+    return lines
 
 
 def _of_engine(files: list[ExportedFile], engine: EngineSpec, quantized: QuantizationResult | None) -> int | None:
