@@ -406,6 +406,8 @@ def test_what_cannot_be_asked_for_is_named(digits):
         ProgressiveGradientPruning(1.0)
     with pytest.raises(UsageError, match="epochs=9, but the training has 4"):
         train(net(), digits, QUICK, methods=(ProgressiveGradientPruning(epochs=9),), device="cpu")
+    with pytest.raises(UsageError, match="latency<=2ms is for `prune`"):
+        DynamicChannelPropagation(budget="macs<=50%, latency<=2ms")
     with pytest.raises(UsageError, match="decay=2"):
         DynamicChannelPropagation(decay=2)
     with pytest.raises(UsageError, match="groups='some'"):

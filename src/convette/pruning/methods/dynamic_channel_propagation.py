@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from convette.cost import Budget, WidthCost, count
 from convette.errors import UsageError
 from convette.pruning._distributed import decided_by_main_rank
+from convette.pruning._measured import MEASURED
 from convette.pruning.allocation import WidthRules, global_ranking
 from convette.pruning.criteria._observing import Reader, find_readers
 from convette.pruning.methods._units import check_groups, groups_of, kept_selection
@@ -74,6 +75,9 @@ class DynamicChannelPropagation(Method):
                 f"{self.name}: rate={rate}, decay={decay}, explore={explore} must be shares, every={every} and"
                 f" at_least={at_least} at least 1."
             )
+        measured = [str(one) for one in Budget.parse(budget).limits if one.metric in MEASURED] if budget else []
+        if measured:
+            raise UsageError(f"pruning during training counts, it does not measure: {measured[0]} is for `prune`.")
         check_groups(groups, self.name)
         self.rate, self.decay, self.milestones = float(rate), float(decay), tuple(milestones)
         self.budget, self.explore, self.every, self.at_least, self.groups = budget, explore, every, at_least, groups
