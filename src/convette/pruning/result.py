@@ -79,13 +79,21 @@ class PruneResult:
 
 
 def widths_of(before: nn.Module, after: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the output channels of every convolution and linear layer before and after, by module name."""
-    old = dict(before.named_modules())
-    widths = {}
+    """Return the output channels of every convolution and linear layer before and after, by module name.
+
+    0 after: the layer was left out. The names are those of `before`, also where un-tying put a layer into another.
+    """
+    now: dict[str, int] = {}
     for name, module in after.named_modules():
-        if (now := _width(module)) is not None and (then := _width(old.get(name))) is not None:
-            widths[name] = (then, now)
-    return widths
+        if (width := _width(module)) is not None:
+            now.setdefault(_plain(name), width)
+    then = {name: width for name, module in before.named_modules() if (width := _width(module)) is not None}
+    return {name: (width, now.get(_plain(name), 0)) for name, width in then.items()}
+
+
+def _plain(name: str) -> str:
+    # What gathers and scatters of an un-tied stream hold is called "layer" there.
+    return ".".join(part for part in name.split(".") if part != "layer")
 
 
 def _width(module: nn.Module | None) -> int | None:

@@ -67,6 +67,7 @@ def training_curves(epochs: Sequence[Epoch], recovery: Sequence[Epoch] = ()) -> 
         if np.isfinite(train_accuracy).any():
             axes.plot(x, 100 * train_accuracy, color=AFTER, alpha=0.4, label="training accuracy")
         axes.set(xlabel="epoch", ylabel="accuracy (%)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         losses = axes.twinx()
         losses.plot(x, loss, color=BEFORE, linestyle=":", label="training loss")
         losses.set_ylabel("loss")
@@ -118,7 +119,8 @@ def widths(rows: Sequence[Width]) -> str:
         axes.barh(y, [row.before for row in rows], color="#d5dbe1", height=0.72, label="before")
         axes.barh(y, [row.after for row in rows], color=AFTER, height=0.72, label="after")
         for position, row in zip(y, rows, strict=True):
-            text = f"{row.after}" if row.after == row.before else f"{row.after} of {row.before}"
+            text = f"{row.after} of {row.before}" if row.after else f"left out ({row.before})"
+            text = f"{row.after}" if row.after == row.before else text
             axes.text(row.before, position, f" {text}", va="center", fontsize=8)
         axes.set_yticks(y, [row.layer for row in rows], fontsize=8)
         axes.invert_yaxis()
