@@ -27,7 +27,7 @@ def files(tmp_path_factory):
     ("name", "options", "code", "said"),
     [
         ("whole", "--budget macs<=0.01% --set prune.min_fraction=0.0", 4, "at the least"),
-        ("broken", "--budget macs<=50%", 1, "layer1.0.conv1.weight are not finite"),
+        ("broken", "--budget macs<=50%", 1, "'layer1.0.conv1.weight' holds values that are not finite"),
         ("whole", "--budget macs<=50% --criterion discriminant_information", 2, "at least two classes"),
         ("dead", "--budget macs<=50% --criterion taylor", 0, "worth the same"),
     ],

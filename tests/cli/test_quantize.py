@@ -79,6 +79,25 @@ def test_a_network_too_large_for_the_images_says_so(capsys):
         check_network(torch.nn.Conv2d(1, 1, 3), "net", example)
 
 
+@pytest.mark.parametrize("verb", ["train", "prune"])
+def test_train_and_prune_say_so_too(verb, tmp_path, capsys, monkeypatch):
+    large = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 11), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    monkeypatch.setattr("convette.models.create_model", lambda *words, **named: large)
+    words = ["--model", "resnet20", "--set", "data.source=digits"]
+    more = {"train": ["--out", str(tmp_path / "run")], "prune": ["--out", str(tmp_path / "x.safetensors")]}[verb]
+    more += ["--budget", "macs<=50%"] if verb == "prune" else []
+    assert main([verb, *words, *more, "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert "resnet20 does not run on images of 1x8x8: " in told and len(told.splitlines()) == 1
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_value_that_is_none_of_those_known_lists_them_once(capsys):
+    assert main(["quantize", "resnet20", "--out", "x.safetensors", "--observer", "zzz"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("min_max") == 1 and "not one of" in told and "Known" not in told
+
+
 def test_a_run_folder_is_a_trained_network(network, tmp_path, capsys):
     run = tmp_path / "run"
     (run / "train").mkdir(parents=True)

@@ -117,6 +117,7 @@ def test_engine_table(cost):
     assert "openvino:cpu" in lines[0] and "8.00x" in lines[0] and "0.5 ms" in lines[0]
     assert "eager:cpu" in lines[1] and "1.00x" in lines[1]
     assert "2 threads" in text
+    assert f"threads, {cost.latency['openvino:cpu'].samples} calls, interleaved" in " ".join(text.split())
     assert "speed-up" not in shown(engine_table({"openvino:cpu": cost.latency["openvino:cpu"]}))
     with pytest.raises(UsageError, match="No latency was measured"):
         engine_table(cost.latency, "compiled:cpu")

@@ -115,10 +115,11 @@ def engine_table(latencies: Mapping[str, Latency], reference: str | None = None)
     if reference is not None and reference not in latencies:
         raise UsageError(f"No latency was measured on {reference!r} (measured: {', '.join(latencies)}).")
     some = next(iter(latencies.values()))
-    samples = min(x.samples for x in latencies.values()), max(x.samples for x in latencies.values())
+    samples = sorted({x.samples for x in latencies.values()})
+    counted = f"{samples[0]} to {samples[-1]}" if len(samples) > 1 else f"{samples[0]}"
     caption = (
         f"batch {some.batch_size}, {some.threads} thread{'s' if some.threads != 1 else ''}, "
-        f"{samples[0]} to {samples[1]} calls, interleaved; load of the machine before {some.load_average:.2f}; "
+        f"{counted} calls, interleaved; load of the machine before {some.load_average:.2f}; "
         "p50 with its 95 % interval"
     )
     table = Table(title="Latency", caption=caption)

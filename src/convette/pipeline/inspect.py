@@ -14,6 +14,7 @@ from convette._files import replacing, write_text
 from convette.cost import Budget, Cost, LimitStatus, count, format_bytes, format_count, format_milliseconds, status_text
 from convette.data import Preprocessing
 from convette.errors import ConvetteError, UsageError, did_you_mean
+from convette.layers._watching import in_eval
 from convette.pipeline._latency import measure_runs, samples_for
 from convette.pipeline._run import MODEL_FILE
 from convette.pipeline.results import RUN_FILE, ExportResult, read_result
@@ -51,7 +52,8 @@ def check_network(model: nn.Module, name: str, example: torch.Tensor, classes: i
         raise ConvetteError(f"{name}: {broken} holds values that are not finite (NaN or infinity).")
     size = "x".join(map(str, example.shape[1:]))
     try:
-        found = model(example)
+        with in_eval(model):
+            found = model(example)
     except Exception as error:
         why = " ".join(str(error).split())
         raise UsageError(

@@ -377,7 +377,9 @@ def _explained(
     message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "literal_error":
         options = [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")]
-        message = f"not one of {', '.join(options)}.{did_you_mean(str(first['input']), options)}"
+        # One list is enough where nothing is near.
+        near = did_you_mean(str(first["input"]), options).partition(" Known:")[0]
+        message = f"not one of {', '.join(options)}.{near}"
     if section in LISTS:
         key = [section, *[part for part in key[1:] if part != "steps" and not part.isdecimal()]]
     return UsageError(f"{place}{'.'.join(key)} = {first['input']!r}: {message.rstrip('.')}.")

@@ -16,7 +16,7 @@ from convette.data import ImageData
 from convette.errors import ConvetteError, UsageError
 from convette.pipeline._latency import measurer
 from convette.pipeline.conversion import convert_network
-from convette.pipeline.inspect import input_of, is_run, open_model
+from convette.pipeline.inspect import check_network, input_of, is_run, open_model
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import LimitResult, PathPoint
 from convette.pipeline.stages.compress import limit_result, path_point, recovery_settings
@@ -79,7 +79,9 @@ def prune_file(recipe: Recipe, out: Path | str) -> PruneOutcome:
     device = resolve_device(recipe.run.device)
     data = load_recipe_data(recipe)
     model = open_recipe_model(recipe, data, "prune")
-    convert_network(recipe, model, data.preprocessing(data.train.images([0])))
+    example = data.preprocessing(data.train.images([0]))
+    check_network(model, recipe.model.name, example)
+    convert_network(recipe, model, example)
     data = put_card(model, data, keep_normalisation=recipe.data.mean is not None)
     checkpoints = out.with_name(out.name + ".checkpoint")
     result = prune(

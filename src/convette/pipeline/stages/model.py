@@ -15,6 +15,7 @@ from convette.pipeline._latency import measurer
 from convette.pipeline._run import MODEL_FILE, Run, Stage
 from convette.pipeline.conversion import convert_network
 from convette.pipeline.few_bits import float_budget
+from convette.pipeline.inspect import check_network
 from convette.pipeline.recipe import ModelSection
 from convette.pipeline.results import ModelResult
 from convette.pipeline.searched import DASS, searched_network
@@ -41,6 +42,7 @@ def choose_model(run: Run, folder: Path) -> ModelResult:
         )
     data = put_card(model, data, keep_normalisation=run.recipe.data.mean is not None)
     example = data.preprocessing(data.train.images([0]))
+    check_network(model, name, example)
     converted = convert_network(run.recipe, model, example)
     cost = count(model, example)
     note(f"model: {name} ({reason}), {format_count(cost.parameters)} parameters, {format_count(cost.macs)} MACs")
