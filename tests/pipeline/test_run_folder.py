@@ -9,7 +9,8 @@ import pytest
 from convette import _files
 from convette.errors import StorageError, UsageError
 from convette.pipeline import build_recipe, read_result, read_run
-from convette.pipeline.results import ExportResult, ModelResult, ReportResult
+from convette.pipeline.fit import FitResult, describe
+from convette.pipeline.results import ExportResult, ModelResult, ReportResult, Row, Summary
 from convette.pipeline.run_folder import open_run
 
 STAGES = ("model", "export", "report")
@@ -144,3 +145,11 @@ def test_a_damaged_record_is_refused_with_a_remedy(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(UsageError, match=r"created.*--restart"), open_run(tmp_path, build_recipe({}), STAGES):
         pass
+
+
+@pytest.mark.parametrize(("key", "says"), [("latency.p50@openvino:cpu", True), ("macs", False)])
+def test_a_latency_that_is_missed_says_what_can_be_done(tmp_path, key, says):
+    label = "Latency p50, openvino:cpu" if says else "MACs"
+    rows = [Row(key=key, label=label, unit="ms" if says else "count", before=3, after=2, budget=1, met=False)]
+    told = describe(FitResult(tmp_path, Summary(rows=rows, met=False), {}))
+    assert "The budget is missed" in told and ("prune.latency_margin" in told) == says

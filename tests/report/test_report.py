@@ -4,14 +4,15 @@ import base64
 import html.parser
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.report.made_run import STAGES, make_run
 
 from convette.errors import UsageError
-from convette.pipeline.results import Width
+from convette.pipeline.results import PathPoint, Width
 from convette.report import render_report, write_report
-from convette.report._writer import percent, shown_widths
+from convette.report._writer import _trade_off, percent, shown_widths
 
 
 class Page(html.parser.HTMLParser):
@@ -123,3 +124,16 @@ def test_deep_networks_show_the_layers_that_lost_most_in_network_order():
 
 def test_percentages_keep_what_matters():
     assert [percent(x) for x in (1.0, 0.9778, 0.5, 0.1234)] == ["100 %", "97.78 %", "50 %", "12.34 %"]
+
+
+def test_a_latency_that_was_measured_once_is_no_path(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "convette.report._charts.accuracy_against_cost", lambda path, metric, bound: drawn.append(metric)
+    )
+    limit = SimpleNamespace(metric="latency.p50@openvino:cpu", bound=1.0)
+    for latencies in ((None, 0.9), (2.0, 0.9)):
+        path = [PathPoint(step=i, macs=9 - i, parameters=9, size=9, latency=x) for i, x in enumerate(latencies)]
+        path = [point.model_copy(update={"accuracy": 0.5}) for point in path]
+        _trade_off(SimpleNamespace(limits=[limit], path=path))
+    assert drawn == ["macs", "latency"]

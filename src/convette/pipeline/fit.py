@@ -151,7 +151,12 @@ def describe(result: FitResult) -> str:
     """Return the end of a run as people read it: the table, what is worth knowing, how to use what came out."""
     lines = [result.table(), ""]
     if not result.met:
-        lines += ["The budget is missed: see the rows marked MISSED.", ""]
+        lines.append("The budget is missed: see the rows marked MISSED.")
+        if any(row.met is False and row.label.startswith("Latency") for row in result.summary.rows):
+            lines.append(
+                "Latency is measured anew at the end: where other work disturbs it, raise prune.latency_margin."
+            )
+        lines.append("")
     lines += result.summary.notes
     if result.summary.notes:
         lines.append("")

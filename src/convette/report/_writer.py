@@ -148,6 +148,8 @@ def _trade_off(compress: CompressResult | None) -> str | None:
     limit = compress.limits[0] if compress.limits else None
     metric = limit.metric.partition(".")[0] if limit else "macs"
     metric = metric if metric in ("macs", "parameters", "size", "latency") else "macs"
+    if sum(getattr(point, metric) is not None for point in compress.path) < 2:
+        metric = "macs"  # a latency that was measured once makes no path
     usable = any(getattr(point, metric) is not None and point.accuracy is not None for point in compress.path)
     bound = limit.bound if limit and limit.metric.partition(".")[0] == metric else None
     return _charts.accuracy_against_cost(compress.path, metric, bound) if usable else None
