@@ -2,6 +2,7 @@
 
 import base64
 import html.parser
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,3 +138,11 @@ def test_a_latency_that_was_measured_once_is_no_path(monkeypatch):
         path = [point.model_copy(update={"accuracy": 0.5}) for point in path]
         _trade_off(SimpleNamespace(limits=[limit], path=path))
     assert drawn == ["macs", "latency"]
+
+
+def test_few_bits_without_candidates_have_no_empty_table(tmp_path: Path):
+    run = make_run(tmp_path)
+    assert ">candidate<" in render_report(run)
+    result = run / "quantize/result.json"
+    result.write_text(json.dumps({**json.loads(result.read_text()), "candidates": []}))
+    assert ">candidate<" not in render_report(run) and "Kept: <strong>" in render_report(run)
