@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,9 @@ def remove_layers(
     *,
     keep: Sequence[str] = (),
     ends: bool = False,
-    measure: str = "renyi",
-    rule: str = "value",
-    target: str = "output",
+    measure: Literal["renyi", "energy", "binned"] = "renyi",
+    rule: Literal["value", "gain"] = "value",
+    target: Literal["output", "label"] = "output",
 ) -> LayerRemoval:
     r"""Leave whole layers out of a copy of `model`, the least informative a MAC first, until it fits `budget`.
 
@@ -90,8 +90,8 @@ def redundant_layers(
     low: float,
     alike: float = 0.95,
     gain: float = 0.0,
-    measure: str = "renyi",
-    target: str = "output",
+    measure: Literal["renyi", "energy", "binned"] = "renyi",
+    target: Literal["output", "label"] = "output",
     pool: int = 4,
 ) -> tuple[str, ...]:
     r"""Return those of `layers`, in the order in which they run, that need no budget to be called superfluous.
