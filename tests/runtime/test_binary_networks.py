@@ -122,3 +122,37 @@ def test_training_keeps_latent_weights_within_one_and_without_decay():
     latent = torch.cat([m.weight.flatten() for m in model.modules() if isinstance(m, BinaryConv2d)])
     assert latent.abs().max() <= 1 and not torch.equal(before, model.stages[0][0].conv.weight)
     assert set(seen) == {0.0}
+
+
+def test_weights_are_real_for_a_share_of_the_steps_and_norms_keep_their_sign():
+    from convette.data import load_data
+    from convette.training import TrainSettings, train
+    from convette.training.events import Event
+    from convette.training.methods import LatentWeights
+
+    model = create_model("binary_nin_025", in_channels=1, seed=0)
+    layers = [layer for layer in model.modules() if isinstance(layer, BinaryConv2d)]
+    real, judged = [], []
+
+    class Watch(LatentWeights):
+        def apply(self, event, trainer):
+            super().apply(event, trainer)
+            if event is Event.BATCH_START:
+                real.append(layers[0].real_weights)
+                layer = layers[0].train()
+                images = torch.ones(1, layer.in_channels, 4, 4)
+                expected = layer.weight if layer.real_weights else layer.binary_weight()
+                judged.append(
+                    torch.allclose(layer(images)[0, :, 0, 0], expected.sum((1, 2, 3)) + layer.bias, atol=1e-4)
+                )
+
+    settings = TrainSettings(
+        epochs=2, batch_size=512, optimizer="adamw", learning_rate=0.5, warmup_epochs=0, ema_decay=None, augmentation=()
+    )
+    train(model, load_data("digits"), settings, methods=[Watch(centre=True, least_gamma=0.01, real_share=0.5)])
+    assert real == [True] * (len(real) // 2) + [False] * (len(real) // 2) and all(judged) and len(real) >= 2
+    assert not any(layer.real_weights for layer in layers)
+    scales = [m.weight for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.affine]
+    assert min(scale.min().item() for scale in scales) == pytest.approx(0.01)
+    with pytest.raises(UsageError, match="real_share = 1"):
+        LatentWeights(real_share=1)

@@ -15,6 +15,7 @@ from convette.layers.quantization import (
     BinaryLinear,
     PackedBinaryConv2d,
     SignActivation,
+    pack_binary,
     sign_thresholds,
 )
 from convette.layers.quantization.binary_networks import sign
@@ -44,7 +45,7 @@ def test_the_surrogates_are_their_formulas(surrogate):
 
 def test_gradients_of_the_weights_are_their_formulas():
     grad = drawn(3, 2, 2, 2, seed=1).double()
-    for mode in ("clip", "xnor"):
+    for mode in ("clip", "magnitude", "xnor"):
         layer = BinaryConv2d(2, 3, 2, weight_gradient=mode).double()
         with torch.no_grad():
             layer.weight.copy_(drawn(3, 2, 2, 2).double() * 1.5)
@@ -57,11 +58,31 @@ def test_gradients_of_the_weights_are_their_formulas():
         assert not inside.all()
         if mode == "clip":
             expected = grad * inside
+        elif mode == "magnitude":
+            expected = grad * alpha[:, None, None, None] * inside
         else:
             signs = sign(layer.weight.detach())
             mean = (grad * signs).sum((1, 2, 3), keepdim=True) / 8
             expected = (grad * alpha[:, None, None, None] * inside + signs * mean) * 8 * 0.5
         assert torch.allclose(layer.weight.grad, expected)
+
+
+def test_a_learned_scale_is_a_parameter_that_both_forms_use():
+    layer = BinaryConv2d(2, 3, 2, scale="learned").double()
+    assert layer.learned_alpha is not None
+    assert torch.allclose(layer.learned_alpha, layer.weight.abs().mean((1, 2, 3)))
+    with torch.no_grad():
+        layer.learned_alpha.copy_(torch.tensor([0.5, 2.0, 3.0]))
+    images = drawn(2, 2, 5, 5).double()
+    trained = layer.train()(images)
+    trained.sum().backward()
+    products = F.conv2d(sign(images), layer.signs())
+    assert torch.allclose(layer.learned_alpha.grad, products.sum((0, 2, 3)))
+    assert torch.allclose(trained, layer.eval()(images))
+    packed = pack_binary(nn.Sequential(layer.float()))
+    assert torch.equal(packed(images.float()), layer(images.float()))
+    with pytest.raises(UsageError, match="Did you mean 'mean'"):
+        BinaryConv2d(2, 3, 2, scale="meen")
 
 
 @given(st.integers(0, 50))

@@ -19,7 +19,8 @@ from convette.errors import UsageError, did_you_mean
 from convette.surgery import Convert, apply
 
 Surrogate = Literal["approx", "ste"]
-WeightGradient = Literal["clip", "xnor"]
+WeightGradient = Literal["clip", "magnitude", "xnor"]
+Scale = Literal["mean", "one", "learned"]
 PADDINGS = (-1, 0, 1)
 
 
@@ -45,9 +46,9 @@ class _Sign(torch.autograd.Function):
 
 class _BinaryWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, alpha: Tensor, xnor: bool) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, alpha: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(weight, alpha)
-        ctx.xnor = xnor
+        ctx.kind = kind
         return alpha * sign(weight)
 
     @staticmethod
@@ -55,8 +56,10 @@ class _BinaryWeight(torch.autograd.Function):
         (grad,) = grads
         weight, alpha = ctx.saved_tensors
         inside = weight.abs() <= 1
-        if not ctx.xnor:
+        if ctx.kind == "clip":
             return grad * inside, None, None
+        if ctx.kind == "magnitude":
+            return grad * alpha * inside, None, None
         signs = sign(weight)
         count = weight[0].numel()
         dims = tuple(range(1, weight.ndim))
@@ -93,6 +96,8 @@ class _Binary(nn.Module):
     """What binary convolutions and linears share: latent weights, their scale, the sign of the input."""
 
     weight: nn.Parameter
+    # The first of two steps of training: activations are signs, weights still real (`LatentWeights.real_share`).
+    real_weights: bool = False
     # What the trainer does for latent weights: no decay, clamped to [-1, 1].
     training_method = "convette.training.methods.binary_networks:LatentWeights"
 
@@ -100,8 +105,8 @@ class _Binary(nn.Module):
         if weight_gradient not in get_args(WeightGradient):
             known = get_args(WeightGradient)
             raise UsageError(f"weight_gradient {weight_gradient!r} is not known.{did_you_mean(weight_gradient, known)}")
-        if scale not in ("mean", "one"):
-            raise UsageError(f"scale {scale!r} is neither 'mean' nor 'one'.")
+        if scale not in get_args(Scale):
+            raise UsageError(f"scale {scale!r} is not known.{did_you_mean(scale, get_args(Scale))}")
         self.activation = SignActivation(surrogate)
         self.weight_gradient, self.scale = weight_gradient, scale
         channels = self.weight.shape[1] * getattr(self, "groups", 1)
@@ -109,11 +114,15 @@ class _Binary(nn.Module):
         self.threshold = None if threshold is None else nn.Parameter(torch.full(shape, float(threshold)))
         with torch.no_grad():
             self.weight.normal_(std=0.05)
+            start = self.weight.flatten(1).abs().mean(1)
+        self.learned_alpha = nn.Parameter(start) if scale == "learned" else None
 
     def alpha(self) -> Tensor:
         r"""Return :math:`\alpha_f = \mathrm{mean}\,|W_f|` of each filter, which minimises
-        :math:`\lVert W - \alpha\,\mathrm{sgn}(W) \rVert`; ones with ``scale="one"``."""
+        :math:`\lVert W - \alpha\,\mathrm{sgn}(W) \rVert`; ones with ``scale="one"``, the parameter with "learned"."""
         weight = self.weight.detach()
+        if self.learned_alpha is not None:
+            return self.learned_alpha.detach()
         if self.scale == "one":
             return torch.ones_like(weight[:, 0].flatten(1)[:, 0])
         return weight.flatten(1).abs().mean(1)
@@ -124,8 +133,16 @@ class _Binary(nn.Module):
 
     def binary_weight(self) -> Tensor:
         """Return ``alpha * sgn(W)``, two values a filter, with the gradient that `weight_gradient` names."""
-        alpha = self.alpha().reshape(-1, *[1] * (self.weight.ndim - 1))
-        return _BinaryWeight.apply(self.weight, alpha, self.weight_gradient == "xnor")  # type: ignore[return-value]
+        shape = (-1, *[1] * (self.weight.ndim - 1))
+        if self.learned_alpha is not None:
+            ones = torch.ones_like(self.learned_alpha).reshape(shape)
+            signs: Tensor = _BinaryWeight.apply(self.weight, ones, self.weight_gradient)  # type: ignore[assignment]
+            return self.learned_alpha.reshape(shape) * signs
+        alpha = self.alpha().reshape(shape)
+        return _BinaryWeight.apply(self.weight, alpha, self.weight_gradient)  # type: ignore[return-value]
+
+    def _used_weight(self) -> Tensor:
+        return self.weight if self.real_weights else self.binary_weight()
 
     def _rounded(self, x: Tensor) -> Tensor:
         return self.activation(x if self.threshold is None else x - self.threshold)
@@ -134,9 +151,12 @@ class _Binary(nn.Module):
 class BinaryConv2d(_Binary, nn.Conv2d):
     r"""A convolution of signs: ``alpha * conv(sgn(x), sgn(W)) + b``, :math:`\alpha_f = \mathrm{mean}|W_f|`.
 
-    The latent real weights `weight` are trained. `weight_gradient`: ``"clip"`` (Bi-Real: the gradient of the rounded
-    weight where :math:`|W| \le 1`) or ``"xnor"`` (through alpha too, and scaled as XNOR-Net's code does). `scale`:
-    ``"mean"`` or ``"one"`` (a batch norm behind it makes up for alpha). `padding_value`: -1, +1, or 0 (which is no
+    The latent real weights `weight` are trained. `weight_gradient`: ``"clip"`` (Bi-Real's code: the gradient of the
+    rounded weight where :math:`|W| \le 1`), ``"magnitude"`` (Bi-Real's magnitude-aware one: that times alpha, so that a
+    filter's gradient goes with the size of its weights) or ``"xnor"`` (through alpha too, and scaled as XNOR-Net's code
+    does). `scale`:
+    ``"mean"``, ``"one"`` (a batch norm behind it makes up for alpha) or ``"learned"`` (a parameter, from the mean on).
+    `padding_value`: -1, +1, or 0 (which is no
     sign: the missing taps then count nothing). `threshold`: a learned one for each input channel, from this value, for
     networks whose streams are not centred; None: zero. Other arguments as in ``nn.Conv2d`` (padding in pixels).
 
@@ -172,7 +192,7 @@ class BinaryConv2d(_Binary, nn.Conv2d):
         """Convolve the signs."""
         x = padded(self._rounded(input), self.padding, self.padding_value)
         if self.training:
-            return F.conv2d(x, self.binary_weight(), self.bias, self.stride, 0, self.dilation, self.groups)
+            return F.conv2d(x, self._used_weight(), self.bias, self.stride, 0, self.dilation, self.groups)
         products = F.conv2d(x, sign(self.weight), None, self.stride, 0, self.dilation, self.groups)
         return _scaled(products, None if self.scale == "one" else self.alpha(), self.bias)
 
@@ -201,7 +221,7 @@ class BinaryLinear(_Binary, nn.Linear):
         """Map the signs."""
         x = self._rounded(input)
         if self.training:
-            return F.linear(x, self.binary_weight(), self.bias)
+            return F.linear(x, self._used_weight(), self.bias)
         return _scaled(F.linear(x, sign(self.weight)), None if self.scale == "one" else self.alpha(), self.bias)
 
 
