@@ -93,6 +93,9 @@ def test_a_recipe_with_a_wrong_word_is_refused_when_it_is_read(tmp_path):
     path.write_text('[prune]\ncriterion = "l1"\n\n[prune.criterion_options]\nnormalise = "men"\n')
     with pytest.raises(UsageError, match=r"recipe.toml, line 4: .*normalise = 'men' is unknown. Did you mean 'mean'"):
         load_recipe(path)
+    path.write_text('[prune]\nblocks_by = "mutual"\n')
+    with pytest.raises(UsageError, match=r"recipe.toml, line 2: .*blocks_by.*information"):
+        load_recipe(path)
 
 
 def test_options_reach_the_search_and_the_seed_is_the_runs(network, graph, example):

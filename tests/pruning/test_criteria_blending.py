@@ -115,7 +115,7 @@ def test_fitness_may_be_the_accuracy(network, graph, batches):
     assert found.fitness[-1] >= max(found.singles.values())
     for wrong in ({"fitness": "f1"}, {"scale": "log"}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
-            blend(network, graph, batches, **wrong)
+            score_units("blend", network, graph, batches, options=wrong)
 
 
 def test_what_cannot_be_asked_for_is_named(network, graph, batches):

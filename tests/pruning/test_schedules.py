@@ -123,8 +123,6 @@ def test_blocks_that_say_least_a_mac_go_first_where_asked(deep, few):
     assert prune(deep, few, "latency<=70%", choices, measure=by_layers, device="cpu").blocks == order
     with pytest.raises(UsageError, match="blocks_by = 'information' needs a data set"):
         prune(deep, example, "macs<=72%", choices)
-    with pytest.raises(UsageError, match="blocks_by = 'mutual'"):
-        PruneSettings(blocks_by="mutual")
 
 
 class Norms(Method):

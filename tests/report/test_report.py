@@ -11,7 +11,7 @@ import pytest
 from tests.report.made_run import STAGES, make_run
 
 from convette.errors import UsageError
-from convette.pipeline.results import PathPoint, Width
+from convette.pipeline.results import CompressResult, PathPoint, Width
 from convette.report import render_report, write_report
 from convette.report._writer import _trade_off, percent, shown_widths
 
@@ -136,7 +136,7 @@ def test_a_latency_that_was_measured_once_is_no_path(monkeypatch):
     for latencies in ((None, 0.9), (2.0, 0.9)):
         path = [PathPoint(step=i, macs=9 - i, parameters=9, size=9, latency=x) for i, x in enumerate(latencies)]
         path = [point.model_copy(update={"accuracy": 0.5}) for point in path]
-        _trade_off(SimpleNamespace(limits=[limit], path=path))
+        _trade_off(CompressResult.model_construct(limits=[limit], path=path))
     assert drawn == ["macs", "latency"]
 
 
