@@ -208,6 +208,8 @@ def test_unreachable_names_the_smallest_cost():
     assert str(unreachable(measured, cost(openvino_cpu=0.0758))).startswith(
         "The budget 'latency<=68.62us@openvino:cpu'"
     )
+    counted = Budget((Limit("macs", None, 18135.664640000003, False, None),))
+    assert str(unreachable(counted, cost())).startswith("The budget 'macs<=18.14K'")
 
 
 def test_statuses_as_text_rows_and_table():

@@ -193,9 +193,9 @@ def unreachable(budget: Budget, smallest: Cost, note: str = "") -> BudgetError:
 
 
 def _in_few_digits(budget: Budget) -> str:
-    # A share of something measured has all the digits of a float, which say nothing to a reader.
+    # A share of the start has all the digits of a float, which say nothing to a reader.
     limits = [
-        replace(one, value=float(f"{one.value:.4g}")) if one.metric == "latency" else one for one in budget.limits
+        one if float(one.value).is_integer() else replace(one, value=float(f"{one.value:.4g}")) for one in budget.limits
     ]
     return str(Budget(tuple(limits)))
 
