@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from convette import data as data_room
 from convette import models, surgery
 from convette.cost import DEFAULT_ENGINE, Budget
-from convette.data import ImageData, Preprocessing
+from convette.data import ImageData
 from convette.errors import DataError
 from convette.pipeline.recipe import Recipe
 from convette.pipeline.results import DataResult, StageResult
@@ -146,8 +146,3 @@ def seed_everything(seed: int, stage: str) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
-
-
-def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """Return the preprocessing on a network's card."""
-    return Preprocessing.from_json(surgery.card_of(model).preprocessing)

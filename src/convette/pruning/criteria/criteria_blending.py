@@ -307,10 +307,10 @@ class _Judge:
         self.model, self.graph, self.fit, self.held, self.keep, self.fitness = model, graph, fit, held, keep, fitness
 
     def __call__(self, scores: Mapping[str, Tensor]) -> float:
-        from convette.pruning.allocation import WidthRules, build_ladders
+        from convette.pruning.allocation import build_ladders
 
         selection = {}
-        for ladder in build_ladders(scores, self.graph, WidthRules()):
+        for ladder in build_ladders(scores, self.graph):
             wanted = max(1, round(self.keep * ladder.size))
             rung = min(i for i, width in enumerate(ladder.widths) if width >= wanted)
             if rung < len(ladder.widths) - 1:

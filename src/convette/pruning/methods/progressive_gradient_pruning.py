@@ -18,7 +18,7 @@ from convette.layers._watching import in_eval
 from convette.pruning._calibration import draw_calibration
 from convette.pruning._distributed import decided_by_main_rank
 from convette.pruning._units import tensors_of
-from convette.pruning.allocation import WidthRules, build_ladders
+from convette.pruning.allocation import build_ladders
 from convette.pruning.criteria import NEED_DATA, check_options, score_units
 from convette.pruning.criteria.grad_change import made_by, sums_of_units
 from convette.pruning.methods._units import check_groups, clear_state, groups_of
@@ -260,7 +260,7 @@ class ProgressiveGradientPruning(Method):
         share = 1.0 if self.done >= self.epochs else self.remove
         scores = {name: change for name, change in worth.items() if name in self.sizes}
         kept, reset = {}, {}
-        for ladder in build_ladders(scores, self._graph, WidthRules()):
+        for ladder in build_ladders(scores, self._graph):
             weak = max(0, ladder.size - self.allowed(self.sizes[ladder.name], self.done))
             wanted = ladder.size - math.floor(share * weak)
             rung = min(i for i, width in enumerate(ladder.widths) if width >= wanted)

@@ -1,5 +1,6 @@
 """What a server and a relay on loopback do alike: listen, hand over who connects, hang up."""
 
+import abc
 import contextlib
 import socket
 import threading
@@ -8,7 +9,7 @@ from typing import TypeVar
 Same = TypeVar("Same", bound="Listening")
 
 
-class Listening:
+class Listening(abc.ABC):
     """Listens on 127.0.0.1 at a free port, in a thread, within its ``with`` block; `_connected` takes who connects."""
 
     def __init__(self) -> None:
@@ -30,13 +31,13 @@ class Listening:
         self._hang_up()
         self._thread.join(5)
 
+    @abc.abstractmethod
     def _connected(self, client: socket.socket) -> None:
         """Take a client that has just connected; what takes long belongs into a thread."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _hang_up(self) -> None:
         """End all connections."""
-        raise NotImplementedError
 
     def _accept(self) -> None:
         while True:
